@@ -118,11 +118,14 @@ class OffloadAdam(ShardedOptimizer):
         defer: allocate the state in the first `step()` (or when state is loaded), not here. For a
             model that is sharded later, or is on the meta device still. Until then `.grad` holds
             the gradients. True by itself if an `Accelerator` is to shard the model with FSDP2.
-        state_format: "fp32", or "bf16" for less memory: moments are bfloat16, rounded
-            stochastically. A bf16 parameter and 16 more bits are its exact fp32 master weight. The
+        state_format: "fp32", or "bf16", "mixed" or "int8", each with less memory than the one
+            before. These three round moments stochastically: "bf16" to bfloat16, "mixed" exp_avg to
+            bfloat16 and exp_avg_sq to 8 bits, "int8" both to 8 bits. A bf16 parameter is a part of
+            its master weight: "bf16" stores 16 more bits, exactly fp32. "mixed" and "int8" store 8
+            more bits, rounded stochastically: prefer "bf16" at learning rates below 1e-5. The
             state of tensors with fewer than two dimensions stays in fp32. A group's own
-            "state_format" applies to all of its parameters. "bf16" needs amsgrad=False and state in
-            host memory.
+            "state_format" applies to all of its parameters. All but "fp32" need amsgrad=False and
+            state in host memory.
         num_threads: CPU threads of this rank's update. None for the allowed cores divided by the
             ranks of this node, minus one if parameters are on a GPU: the thread that launches
             kernels needs it.
@@ -140,7 +143,9 @@ class OffloadAdam(ShardedOptimizer):
     Cost: for bf16 parameters on a GPU, 14 bytes of host memory per parameter, divided by the number
         of ranks: 4 each for master weight, exp_avg and exp_avg_sq, and 2 for the gradient. With
         `state_format="bf16"` 10 bytes: 2 each for the parameter, the rest of its master weight,
-        exp_avg, exp_avg_sq and the gradient. Buffers add a few buckets. `offload-adam plan`
+        exp_avg, exp_avg_sq and the gradient. "mixed" takes 8 bytes: 1 each for the rest of the
+        master weight and exp_avg_sq. "int8" takes 7 bytes: 1 for exp_avg too. Both also take 2
+        bytes for each block of 128 elements. Buffers add a few buckets. `offload-adam plan`
         predicts the memory of a run.
     Owns: process groups, hooks on the parameters, and host memory. `close` releases all three.
     Threads: calls from several threads run one after another. `synchronize` and the state dicts may

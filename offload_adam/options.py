@@ -33,8 +33,14 @@ C = TypeVar("C")
 Pin = Literal["all", "staging", "none"]
 """Page-locked host memory: state and staging buffers, staging buffers only, or none."""
 
-StateFormat = Literal["fp32", "bf16"]
-"""Format of the state, the most exact first: float32 or bfloat16, see docs/state_formats.md."""
+StateFormat = Literal["fp32", "bf16", "mixed", "int8"]
+"""Format of the state, the most exact first, see docs/state_formats.md."""
+
+LOW_PRECISION: tuple[StateFormat, ...] = ("bf16", "mixed", "int8")
+"""All formats but "fp32"."""
+
+CODED_FORMATS: tuple[StateFormat, ...] = ("mixed", "int8")
+"""Formats with 8-bit codes in blocks of 128 elements, see `memory.codes`."""
 
 MAX_STEP_COUNT = 2**24
 """Largest number of steps: optimizers count in float32, as torch does."""
@@ -381,9 +387,12 @@ class ExecutionOptions:
     state_format: StateFormat = option(
         "fp32",
         STATE_FORMAT,
-        "Format of the state. 'bf16' takes less memory: moments are bfloat16, rounded "
-        "stochastically. A bf16 parameter and 16 more bits are its exact fp32 master weight. The "
-        "state of tensors with fewer than two dimensions stays in fp32. A parameter group's own "
+        "Format of the state: 'fp32', or 'bf16', 'mixed' or 'int8', each with less memory than the "
+        "one before. These three round moments stochastically: 'bf16' to bfloat16, 'mixed' "
+        "exp_avg to bfloat16 and exp_avg_sq to 8 bits, 'int8' both to 8 bits. A bf16 parameter is "
+        "a part of its master weight: 'bf16' stores 16 more bits, exactly fp32, and 'mixed' and "
+        "'int8' store 8 more bits. Prefer 'bf16' at learning rates below 1e-5. The state of "
+        "tensors with fewer than two dimensions stays in fp32. A parameter group's own "
         "`state_format` applies to all of its parameters.",
         key="optimizer.state_format",
         shared=True,

@@ -128,6 +128,15 @@ base_of: Callable[[torch.Tensor], torch.Tensor | None] = attrgetter("_base")
 coo_indices: Callable[[torch.Tensor], torch.Tensor] = _find("torch", "Tensor._indices")
 coo_values: Callable[[torch.Tensor], torch.Tensor] = _find("torch", "Tensor._values")
 
+# For a tensor subclass that replaces itself in the arguments of an operation.
+tree_leaves: Callable[[Any], list[Any]] = _find("torch.utils._pytree", "tree_leaves")
+tree_map_only: Callable[[type, Callable[[Any], Any], Any], Any] = _find(
+    "torch.utils._pytree", "tree_map_only"
+)
+schema_of: Callable[[Any], Any] = attrgetter("_schema")
+"""Return the schema of an operation: which arguments it writes to, and which it returns views of.
+Not public."""
+
 make_wrapper_subclass: Callable[..., Any] = _find("torch", "Tensor._make_wrapper_subclass")
 """Return a tensor of a subclass that has a shape and no memory.
 

@@ -12,10 +12,20 @@ import multiprocessing
 
 from offload_adam.kernels import adam, fold, norm, sparse
 from offload_adam.kernels.formats import FloatFormat
+from offload_adam.options import CODED_FORMATS
 
 PARAM_FORMATS = (None, FloatFormat.BFLOAT16, FloatFormat.FLOAT16)
 LOW_PRECISION = ((None, True), (None, False), (FloatFormat.FLOAT16, False))
 """With bfloat16 moments: the format of the parameter, and whether the master weight is split."""
+
+CODED: tuple[tuple[FloatFormat, FloatFormat | None, bool], ...] = (
+    (FloatFormat.BFLOAT16, None, True),
+    (FloatFormat.FLOAT32, None, True),
+    (FloatFormat.FLOAT32, None, False),
+    (FloatFormat.FLOAT32, FloatFormat.FLOAT16, False),
+    (FloatFormat.FLOAT16, FloatFormat.FLOAT16, False),
+)
+"""With 8-bit codes: the formats of gradients and parameter, and whether the master is split."""
 
 
 def compile_updates() -> None:
@@ -25,7 +35,9 @@ def compile_updates() -> None:
     ):
         adam.compile_kernel(source, param_format, amsgrad)
     for source, (param_format, is_split) in itertools.product(FloatFormat, LOW_PRECISION):
-        adam.compile_kernel(source, param_format, False, FloatFormat.BFLOAT16, is_split)
+        adam.compile_kernel(source, param_format, False, "bf16", is_split)
+    for state_format, (source, param_format, is_split) in itertools.product(CODED_FORMATS, CODED):
+        adam.compile_kernel(source, param_format, False, state_format, is_split)
 
 
 def compile_others() -> None:
@@ -35,7 +47,7 @@ def compile_others() -> None:
     for source, param_format in itertools.product(FloatFormat, PARAM_FORMATS):
         sparse.compile_kernel(source, param_format)
     for param_format, is_split in LOW_PRECISION:
-        sparse.compile_kernel(FloatFormat.FLOAT32, param_format, FloatFormat.BFLOAT16, is_split)
+        sparse.compile_kernel(FloatFormat.FLOAT32, param_format, "bf16", is_split)
     for target, source in itertools.product(FloatFormat, FloatFormat):
         fold.compile_kernel(target, source)
 

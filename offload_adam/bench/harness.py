@@ -55,7 +55,7 @@ class Contender:
 
     name: str
     run: Callable[[], object]
-    bytes_per_param: int = 0
+    bytes_per_param: float = 0
     prepare: Callable[[], object] | None = None
 
 
@@ -117,7 +117,7 @@ def median_ratio(pairs: Sequence[Mapping[str, float]]) -> float:
     return median(pair["ratio"] for pair in pairs)
 
 
-def gb_per_s(bytes_per_param: int, numel: int, milliseconds: float) -> float:
+def gb_per_s(bytes_per_param: float, numel: int, milliseconds: float) -> float:
     """Return a bandwidth in 1e9 bytes a second."""
     return bytes_per_param * numel / milliseconds / 1e6
 

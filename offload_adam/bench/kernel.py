@@ -62,6 +62,7 @@ def offload_update(planes: Planes, num_threads: int) -> Contender:
             exp_avg_sq=planes.exp_avg_sq.numpy(),
             max_exp_avg_sq=None,
             param_out=None,
+            exponents=None,
             places=None,
             num_pieces=num_threads,
         )

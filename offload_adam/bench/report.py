@@ -74,7 +74,7 @@ def comparison_table(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             f"{result['ms_median']:.1f}",
             f"{result['ms_min']:.1f}",
             f"{result['gb_per_s']:.1f}",
-            str(result["bytes_per_param"]),
+            f"{result['bytes_per_param']:.4g}",
             f"{result['ratio_to_this']:.3f}",
         )
         for result in results

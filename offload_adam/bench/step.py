@@ -20,14 +20,12 @@ from offload_adam.bench.peers import (
     torch_fused,
 )
 from offload_adam.bench.planes import Planes, allocate, fill_with_noise, make_planes
+from offload_adam.doctor.bandwidth import step_nbytes_per_element
 from offload_adam.optimizer import OffloadAdam
 from offload_adam.options import StateFormat
 
 OURS_IN_FP32 = f"{OURS}_fp32_state"
 CLIPPED, SCALED = "torch_clip_grad_norm", "torch_grad_scale"
-OURS_BYTES_PER_PARAM = {"fp32": 2 + 2 + 24 + 2, "bf16": 2 + 2 + 16}
-"""By state format. The gradient is read twice, for the norm and for the update. State is read and
-written. The parameter is written. With bf16 state it is also read, as half of its master weight."""
 _NORM_EPS = 1e-6  # clip_grad_norm_ adds it to the norm before it divides by the norm
 
 
@@ -84,7 +82,7 @@ def measure_step(
             Contender(
                 name,
                 offload_adam(tensors, num_threads, stored).step,
-                OURS_BYTES_PER_PARAM[stored],
+                step_nbytes_per_element(stored),
             )
             for name, stored in formats.items()
         ),

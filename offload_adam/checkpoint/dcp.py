@@ -32,8 +32,10 @@ from offload_adam.checkpoint.optimizer_access import (
     plan_plain_state,
 )
 from offload_adam.errors import CheckpointError
+from offload_adam.memory.codes import CodedMoment, values_of
 from offload_adam.printable import show
 from offload_adam.sharded_optimizer import ShardedOptimizer
+from offload_adam.state.load_plan import copy_all
 from offload_adam.state.state_shard import BoxTensor, box_sources, shards_of
 
 
@@ -53,7 +55,8 @@ class OptimizerState:
         """Return this rank's part of the state. `dcp.load` writes into it in place.
 
         Returns:
-            "state": parameter name -> key -> `BoxTensor`, whose boxes are views of the state.
+            "state": parameter name -> key -> `BoxTensor`, whose boxes are views of the state. Those
+            of a moment in codes are copies of its values, which `load_state_dict` encodes.
             "plain": all state except tensors, as JSON.
         """
         with locked(self._optimizer):
@@ -67,15 +70,16 @@ class OptimizerState:
                 # All ranks list their boxes, counted or not: `dcp.load` reads into them, and
                 # `dcp.save` writes equal boxes once.
                 shape, order, boxes = shard.parameter.shape, shard.order, shard.boxes()
-                state[name_of(shard.parameter)] = {
-                    key: BoxTensor(shape, plane.dtype, box_sources(shape, order, boxes, plane))
-                    for key, plane in shard.planes.items()
-                }
+                entry = state[name_of(shard.parameter)] = {}
+                for key, plane in shard.planes.items():
+                    values = values_of(plane)
+                    sources = box_sources(shape, order, boxes, values)
+                    entry[key] = BoxTensor(shape, values.dtype, sources, values)
             text = plain_text(core.num_steps, FORMAT_VERSION, plain)
         return {"state": state, "plain": text}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load all state except tensors, which `dcp.load` has already read in place.
+        """Load all state except tensors that `dcp.load` has already read in place.
 
         Raises:
             CheckpointError: parameter groups or parameters differ from those of this optimizer, or
@@ -95,7 +99,16 @@ class OptimizerState:
                         f"this optimizer stores it with {shard.state_format!r}. Construct the "
                         "optimizer with the saved format."
                     )
-            plan_plain_state(self._optimizer, core, plain, name_of)()
+            load_plain = plan_plain_state(self._optimizer, core, plain, name_of)
+            core.external_edits.wait_for_snapshot()
+            copies = (
+                (plane, state_dict["state"][name_of(shard.parameter)][key].local)
+                for shard in shards_of(core.states)
+                for key, plane in shard.planes.items()
+                if isinstance(plane, CodedMoment)
+            )
+            copy_all(copies, had_codes=True)
+            load_plain()
             self._optimizer.num_steps = saved.num_steps
             self._optimizer.refresh_master()
 

@@ -28,11 +28,12 @@ from offload_adam.checkpoint.rank_file import as_bytes
 from offload_adam.checkpoint.reader import CheckpointReader
 from offload_adam.checkpoint.torch_file import LOADABLE_DTYPES, Streamed, write_torch_file
 from offload_adam.errors import CheckpointError
+from offload_adam.memory.planes import SCALED_KEY
 from offload_adam.memory.split_master import join
 from offload_adam.printable import show
 from offload_adam.state.boxes import Box, inverse_order
 from offload_adam.state.state_dict import pack_full
-from offload_adam.state.state_shard import BoxSource, BoxTensor
+from offload_adam.state.state_shard import SCALE_KEY, BoxSource, BoxTensor
 
 _MODEL, _OPTIMIZER = "model/", "optimizer/"
 _BITS = {torch.bits8, torch.bits16, torch.bits1x8, torch.bits2x4, torch.bits4x2}
@@ -108,7 +109,7 @@ def _torch_state(
         packed: {
             # A float32 tensor, as torch's optimizers save it.
             "step": torch.tensor(manifest.optimizer.steps[name], dtype=torch.float32, device="cpu"),
-            **_streamed_planes(reader, planes[name], _MODEL + name),
+            **_streamed_planes(reader, planes[name], name),
         }
         for packed, name in enumerate(names)
         if name in planes
@@ -119,44 +120,48 @@ def _torch_state(
 
 
 def _streamed_planes(
-    reader: CheckpointReader, planes: Mapping[str, str], weight: str
-) -> dict[str, Streamed]:
-    """Return the tensors of a parameter's state in fp32, by torch's keys.
+    reader: CheckpointReader, planes: Mapping[str, str], name: str
+) -> dict[str, Any]:
+    """Return the tensors of a parameter's state in fp32, by the keys of `pack_full`.
 
     Args:
         planes: names of the saved tensors, by torch's keys.
-        weight: name of the saved parameter.
+        name: the parameter's.
     """
-    found = {}
+    found: dict[str, Any] = {}
+    weight, scale = _MODEL + name, reader.manifest.optimizer.scales.get(name)
+    if scale is not None:
+        found[SCALE_KEY] = torch.tensor(scale, dtype=torch.float64, device="cpu")
     for key, saved in planes.items():
         streamed = _streamed(reader, saved)
         if key != "master_remainder":
             if streamed.dtype == torch.bfloat16:
-                blocks = partial(_widened, reader, saved)
+                factor = scale if key == SCALED_KEY and scale is not None else 1.0
+                blocks = partial(_widened, reader, saved, factor)
                 streamed = replace(streamed, dtype=torch.float32, blocks=blocks)
-            found[key] = streamed
+            found["exp_avg_sq" if key == SCALED_KEY else key] = streamed
         elif weight in reader.manifest.tensors:  # otherwise the model was saved separately
             blocks = partial(_joined, reader, weight, saved)
             found["master_weight"] = replace(streamed, dtype=torch.float32, blocks=blocks)
     return found
 
 
-def _widened(reader: CheckpointReader, saved: str) -> Iterator[memoryview]:
-    """Yield the blocks of a bfloat16 tensor in fp32."""
+def _widened(reader: CheckpointReader, saved: str, scale: float) -> Iterator[memoryview]:
+    """Yield the blocks of a bfloat16 tensor in fp32, multiplied by `scale`."""
     for block in reader.blocks(saved):
-        yield as_bytes(torch.frombuffer(block, dtype=torch.bfloat16).float())
+        yield as_bytes(torch.frombuffer(block, dtype=torch.bfloat16).float().mul_(scale))
 
 
 def _joined(reader: CheckpointReader, weight: str, remainder: str) -> Iterator[memoryview]:
     """Yield the blocks of split master weights in fp32."""
-    # Both tensors have the same element order and size, so their blocks match.
-    for high, low in zip(reader.blocks(weight), reader.blocks(remainder), strict=True):
-        yield as_bytes(
-            join(
-                torch.frombuffer(high, dtype=torch.bfloat16),
-                torch.frombuffer(low, dtype=torch.int16),
-            )
-        )
+    dtype = DTYPES[reader.manifest.tensors[remainder].dtype]
+    blocks, low = reader.blocks(remainder), torch.empty(0, dtype=dtype, device="cpu")
+    for block in reader.blocks(weight):
+        high = torch.frombuffer(block, dtype=torch.bfloat16)
+        while low.numel() < high.numel():  # a block of int8 has twice as many elements
+            low = torch.cat([low, torch.frombuffer(next(blocks), dtype=dtype)])
+        yield as_bytes(join(high, low[: high.numel()]))
+        low = low[high.numel() :]
 
 
 def _streamed(reader: CheckpointReader, saved: str) -> Streamed:

@@ -137,12 +137,14 @@ class OptimizerEntry(_Entry):
     steps: number of updates of each trained parameter, by its name.
     further: state of the optimizer's subclass, encoded.
     formats: format of each parameter's state, by its name. Parameters with fp32 state are omitted.
+    scales: of second moments in codes, by the parameter's name; see `memory.codes`.
     """
 
     groups: list[GroupEntry]
     steps: dict[str, StepCount]
     further: dict[str, Any]
     formats: dict[str, StateFormat] = {}
+    scales: dict[str, float] = {}
 
     def format_of(self, name: str) -> StateFormat:
         """Return the format in which the state of a parameter was saved."""
@@ -150,10 +152,11 @@ class OptimizerEntry(_Entry):
 
     @model_serializer(mode="wrap")
     def _serialized(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Return the entry, without `formats` if it is empty: earlier versions reject the key."""
+        """Return the entry; earlier versions reject `formats` and `scales`, so omit empty ones."""
         values: dict[str, Any] = serialize(self)
-        if not self.formats:
-            values.pop("formats", None)
+        for key in ("formats", "scales"):
+            if not values.get(key):
+                values.pop(key, None)
         return values
 
 

@@ -53,9 +53,18 @@ from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.rank_checks import raise_on_all_ranks
 from offload_adam.errors import CheckpointError
 from offload_adam.fsdp_private import local_of
+from offload_adam.memory.codes import check_storable
+from offload_adam.memory.planes import SCALED_KEY
+from offload_adam.options import CODED_FORMATS
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.state.boxes import Box, boxes_of_part, inverse_order, memory_order, views_of
-from offload_adam.state.load_plan import OTHER_MASTER_KEY, convert_master
+from offload_adam.state.load_plan import (
+    OTHER_KEY,
+    OTHER_MASTER_KEY,
+    converted,
+    copy_plane,
+    log_rounded,
+)
 from offload_adam.state.state_dict import reject_other_format
 from offload_adam.state.state_shard import ParameterShard, shards_of
 from offload_adam.step.step import ShardedAdam
@@ -73,16 +82,16 @@ def load_checkpoint(
     """Load a checkpoint of `save_checkpoint`, saved in any world size and sharding. Collective.
 
     Names, shapes, dtypes and groups are compared before anything is modified. Nothing is cast,
-    except that fp32 moments are rounded to nearest if the optimizer has bf16 state. Every block is
-    verified and read directly into the state. Then `model.load_state_dict` runs with the tensors
-    and with the entries that modules add to a state dict (`get_extra_state`, hooks).
+    except that fp32 moments are rounded to nearest if the optimizer has state in low precision.
+    Every block is verified and read directly into the state. Then `model.load_state_dict` runs with
+    the tensors and with the entries that modules add to a state dict (`get_extra_state`, hooks).
 
     Args:
         path: a checkpoint, the same on every rank.
         model, optimizer: constructed with the names, shapes, dtypes and groups that were saved.
             Both are modified in place.
-        convert: also load bf16 state into an optimizer with fp32 state, which is otherwise an
-            error.
+        convert: also load state in low precision into an optimizer with another format, which is
+            otherwise an error.
 
     Returns:
         The saved `extra`, with its tensors on the host.
@@ -93,9 +102,9 @@ def load_checkpoint(
             After other errors nothing is modified.
 
     Cost: beyond the state, a rank needs 4 blocks of 4 MiB of host memory, one more if state is on a
-        device, and a whole tensor if the order of its elements in memory has changed. State of
-        another format needs a few temporary copies of one parameter's plane. At most 8 files are
-        open at once.
+        device, and a whole tensor if the order of its elements in memory has changed. 8-bit codes
+        and state of another format need a few temporary copies of one parameter's plane. At most 8
+        files are open at once.
     """
     return _load(Path(path), model, optimizer, label=None, convert=convert)
 
@@ -147,6 +156,7 @@ def _load(
             _check(manifest, name_of, core, state, weights=weights)
             plain = decoded_optimizer(manifest.optimizer.model_dump(), manifest.format_version)
             load_plain = plan_plain_state(optimizer, core, plain, name_of)
+            _check_storable(reader, name_of, core)
         with raise_on_all_ranks(optimizer.ranks, "loading a checkpoint"), torch.no_grad():
             # A background checkpoint may still read the state that is overwritten here.
             core.external_edits.wait_for_snapshot()
@@ -263,7 +273,7 @@ def _check(
 def _reject_other_formats(
     manifest: Manifest, name_of: ParameterNames, core: ShardedAdam, *, can_convert: bool
 ) -> None:
-    """Reject bf16 state for parameters whose state has another format here.
+    """Reject state in low precision for parameters whose state has another format here.
 
     Raises:
         CheckpointError: the message names the parameter.
@@ -283,10 +293,12 @@ def _saved_dtypes(manifest: Manifest, name: str, shard: ParameterShard) -> dict[
     saved = manifest.optimizer.format_of(name)
     if saved == shard.state_format:
         return own
-    moment = torch.bfloat16 if saved == "bf16" else torch.float32
-    dtypes = {key: moment for key in own if key not in OTHER_MASTER_KEY}
-    if saved == "bf16" and shard.parameter.dtype == torch.bfloat16:
-        return dtypes | {"master_remainder": torch.int16}
+    moment = torch.float32 if saved == "fp32" else torch.bfloat16
+    second = SCALED_KEY if saved in CODED_FORMATS else "exp_avg_sq"
+    dtypes = dict.fromkeys(("exp_avg", second), moment)
+    if saved != "fp32" and shard.parameter.dtype == torch.bfloat16:
+        remainder = torch.int8 if saved in CODED_FORMATS else torch.int16
+        return dtypes | {"master_remainder": remainder}
     # A master weight is missing if the fp32 parameter is its own master weight.
     has_master = shard.parameter.dtype != torch.float32 or "master_weight" in own
     return dtypes | ({"master_weight": torch.float32} if has_master else {})
@@ -351,7 +363,8 @@ def _read_in_place(
         is_same = reader.manifest.optimizer.format_of(name) == shard.state_format
         for key, plane in shard.planes.items() if is_same else ():
             saved = _plane_name(reader.manifest, name, key)
-            if saved in reader.manifest.tensors:  # `_check` has found what may be missing
+            # `_check` has found what may be missing.
+            if isinstance(plane, torch.Tensor) and saved in reader.manifest.tensors:
                 reads += _reads(reader, saved, boxes, shard.order, plane)
         if weights and name not in loaded:
             # Every rank reads whole parameters (of a DTensor its local part), but only its own
@@ -364,27 +377,55 @@ def _read_in_place(
 
 
 def _convert(reader: CheckpointReader, name_of: ParameterNames, core: ShardedAdam) -> None:
-    """Read state that was saved in another format, and convert it.
+    """Read state that is not stored as it was saved, and convert it: other formats, and codes.
 
     Call it after the parameters are loaded: a split master weight depends on its parameter.
+    """
+    manifest, num_rounded = reader.manifest, 0
+    for shard in shards_of(core.states):
+        name = name_of(shard.parameter)
+        is_same = manifest.optimizer.format_of(name) == shard.state_format
+        for saved_key, dtype in _saved_dtypes(manifest, name, shard).items():
+            key = saved_key if saved_key in shard.planes else OTHER_KEY[saved_key]
+            plane, saved = shard.planes[key], _plane_name(manifest, name, saved_key)
+            if (is_same and isinstance(plane, torch.Tensor)) or saved not in manifest.tensors:
+                continue
+            values = _values_of(reader, saved, dtype, shard)
+            scale = manifest.optimizer.scales.get(name, 1.0)
+            source = converted(key, plane.dtype, saved_key, values, shard.weight, scale)
+            is_exact = copy_plane(plane, source)
+            num_rounded += is_same and not is_exact
+    log_rounded(num_rounded)
+
+
+def _values_of(
+    reader: CheckpointReader, saved: str, dtype: torch.dtype, shard: ParameterShard
+) -> torch.Tensor:
+    """Return this rank's elements of a saved plane."""
+    values = torch.empty(shard.end - shard.start, dtype=dtype, device="cpu")
+    reader.read(_reads(reader, saved, shard.boxes(), shard.order, values))
+    return values
+
+
+def _check_storable(reader: CheckpointReader, name_of: ParameterNames, core: ShardedAdam) -> None:
+    """Check that moments of another format can be stored in codes.
+
+    Raises:
+        CheckpointError: the message names the saved tensor.
     """
     manifest = reader.manifest
     for shard in shards_of(core.states):
         name = name_of(shard.parameter)
-        if manifest.optimizer.format_of(name) == shard.state_format:
+        if shard.scale is None or manifest.optimizer.format_of(name) in CODED_FORMATS:
             continue
-        numel = shard.end - shard.start
         for key, dtype in _saved_dtypes(manifest, name, shard).items():
             saved = _plane_name(manifest, name, key)
-            if saved not in manifest.tensors:
-                continue
-            values = torch.empty(numel, dtype=dtype, device="cpu")
-            reader.read(_reads(reader, saved, shard.boxes(), shard.order, values))
-            if key in shard.planes:
-                shard.planes[key].copy_(values)
-            else:
-                other = OTHER_MASTER_KEY[key]
-                shard.planes[other].copy_(convert_master(other, values, shard.weight))
+            if key not in OTHER_MASTER_KEY:
+                try:
+                    values = _values_of(reader, saved, dtype, shard)
+                    check_storable(f"The saved {saved!r}", values, is_squared=key != "exp_avg")
+                except ValueError as error:
+                    raise CheckpointError(str(error)) from error
 
 
 def _load_modules(reader: CheckpointReader, model: nn.Module, state: ModelState) -> bool:

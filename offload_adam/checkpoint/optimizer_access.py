@@ -15,10 +15,11 @@ from torch import nn
 
 from offload_adam.checkpoint.format import LOAD_ANOTHER
 from offload_adam.errors import CheckpointError
+from offload_adam.options import CODED_FORMATS
 from offload_adam.params.groups import FIXED_OPTIONS, LOCAL_OPTIONS
 from offload_adam.printable import show
 from offload_adam.sharded_optimizer import ShardedOptimizer
-from offload_adam.state.load_plan import check_step_count
+from offload_adam.state.load_plan import check_scale, check_step_count
 from offload_adam.state.state_shard import shards_of
 from offload_adam.step.step import ShardedAdam
 
@@ -93,16 +94,18 @@ def plain_state(
         }
         for group in optimizer.param_groups
     ]
-    steps, formats = {}, {}
+    steps, formats, scales = {}, {}, {}
     for shard in shards_of(core.states):
         name = name_of(shard.parameter)
         steps[name] = float(shard.step)
         if shard.state_format != "fp32":
             formats[name] = shard.state_format
+        if shard.scale is not None:
+            scales[name] = float(shard.scale)
     further = optimizer._further_state()
-    # Earlier versions reject the key `formats`, so it is omitted if all state is fp32.
-    tags = {"formats": formats} if formats else {}
-    return {"groups": groups, "steps": steps, "further": further, **tags}
+    # Earlier versions reject these keys, so they are omitted if all state is fp32.
+    low = {key: value for key, value in (("formats", formats), ("scales", scales)) if value}
+    return {"groups": groups, "steps": steps, "further": further, **low}
 
 
 def plan_plain_state(
@@ -168,6 +171,9 @@ def _plan(
                 )
         # Check all options together: one may be valid only with the saved values of others.
         optimizer._check_group({**group, **options})
+    scales = {
+        name: _scale_of(name, saved) for name, shard in shards.items() if shard.scale is not None
+    }
     entries = {
         optimizer._index_of[shard.parameter]: {"step": steps[name]}
         for name, shard in shards.items()
@@ -177,6 +183,8 @@ def _plan(
     def load() -> None:
         for name, shard in shards.items():
             shard.step.fill_(steps[name])
+            if shard.scale is not None:
+                shard.scale.fill_(scales[name])
         load_further()
         for group, entry in zip(groups, saved["groups"], strict=True):
             # AdamGroup.update would reject the saved values of a dynamic lr or weight decay.
@@ -184,6 +192,13 @@ def _plan(
         optimizer._loaded_reference = None  # this state replaces what the reference stands for
 
     return load
+
+
+def _scale_of(name: str, saved: Mapping[str, Any]) -> float:
+    """Return the scale of a parameter's second moment, which is loaded into codes."""
+    if saved.get("formats", {}).get(name) in CODED_FORMATS:
+        return check_scale(f"the scale of {name!r}", saved["scales"][name])
+    return 1.0 if saved["steps"].get(name) else 0.0
 
 
 def _options_of(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from offload_adam.checkpoint.format import (
     RankEntry,
     TensorEntry,
 )
+from offload_adam.memory.codes import CodedMoment, Plane
 from offload_adam.state.boxes import Box
 
 
@@ -33,7 +34,8 @@ class Part:
 
     shape, order: of the whole tensor, see `format.TensorEntry`.
     boxes: in the order of the file, each with elements; none if this rank has no elements.
-    data: (n,), on any device: the elements of the boxes, one box after the other.
+    data: (n,), on any device: the elements of the boxes, one box after the other. Moments in codes
+        are decoded while they are written.
     bucket: the bucket whose update modifies `data`; None if no update does.
     """
 
@@ -41,7 +43,7 @@ class Part:
     shape: tuple[int, ...]
     order: tuple[int, ...]
     boxes: Sequence[Box]
-    data: torch.Tensor
+    data: Plane
     bucket: int | None = None
 
 
@@ -177,11 +179,15 @@ class _SummedFile:
             self._checksum = self._filled = 0
 
 
-def host_bytes(data: torch.Tensor) -> Iterator[memoryview]:
+def host_bytes(data: Plane) -> Iterator[memoryview]:
     """Yield all bytes of a 1-d tensor, in order. Each view is valid until the next one.
 
-    The view of a host tensor is its memory. A device tensor is copied, one block at a time.
+    The view of a host tensor is its memory. A device tensor is copied, one block at a time, and a
+    moment in codes is decoded so.
     """
+    if isinstance(data, CodedMoment):
+        yield from map(as_bytes, data.chunks())
+        return
     if data.device.type == "cpu":
         yield as_bytes(data)
         return

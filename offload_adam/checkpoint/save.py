@@ -47,6 +47,7 @@ from offload_adam.errors import CheckpointError, PeerFailedError
 from offload_adam.fsdp_private import is_dtensor, local_of
 from offload_adam.layout.budget import ALIGNMENT_NBYTES
 from offload_adam.layout.flat import align
+from offload_adam.memory.codes import Plane
 from offload_adam.params.local_shard import is_counted, reject_distinct
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.state.boxes import boxes_of_part, inverse_order, memory_order
@@ -428,6 +429,7 @@ def copy_bytes(part: Part, copy: Part) -> None:
     """Copy the data of a part into that of `copy`, on the host."""
     # NumPy copies on the calling thread alone and releases the GIL. torch would copy with all its
     # threads, on the cores that training uses.
+    assert isinstance(copy.data, torch.Tensor)
     target = np.frombuffer(as_bytes(copy.data), dtype=np.uint8)
     done = 0
     for view in host_bytes(part.data):
@@ -472,7 +474,7 @@ def sharded_parts(model: nn.Module, core: ShardedAdam) -> Iterator[Part]:
     for shard in shards_of(core.states):
         name = name_of(shard.parameter)
         shape, boxes = tuple(shard.parameter.shape), shard.boxes() if shard.counted else []
-        tensors = {WEIGHTS_PREFIX + name: shard.weight}
+        tensors: dict[str, Plane] = {WEIGHTS_PREFIX + name: shard.weight}
         tensors |= {f"optimizer/{name}/{key}": plane for key, plane in shard.planes.items()}
         for full_name, data in tensors.items():
             own = data if shard.counted else data[:0]

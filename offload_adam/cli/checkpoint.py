@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -100,6 +101,8 @@ def inspect(path: Folder) -> None:
         )
     console = Console()
     console.print(table)
+    for state_format, count in sorted(Counter(manifest.optimizer.formats.values()).items()):
+        console.print(f"state_format {state_format!r}: the state of {count} parameter(s)")
     if extra := manifest.decoded_extra():
         # The keys of a damaged checkpoint may be of any type.
         keys: list[object] = list(extra)

@@ -53,7 +53,9 @@ def plan(
     ] = None,
     state_format: Annotated[
         str | None,
-        typer.Option(help="Format of the state: fp32 or bf16. By default as in CONFIG, or fp32."),
+        typer.Option(
+            help="Format of the state: fp32, bf16, mixed or int8. By default as in CONFIG, or fp32."
+        ),
     ] = None,
     fit: Annotated[
         bool, typer.Option("--fit", help="Plan with the most exact state format that fits.")
@@ -171,8 +173,9 @@ def plan(
     values, parts = plan_run(specs, training, machine, timeline)
     console = Console()
     if fit:
-        which = "most exact format that fits" if values["fits"] else "smallest format"
-        console.print(f"Planning with state_format {training.state_format!r}, the {which}.")
+        chosen = f"Planning with state_format {training.state_format!r}"
+        fits = f"{chosen}, the most exact format that fits."
+        console.print(fits if values["fits"] else f"No state format fits. {chosen}, the smallest.")
     for part in parts:
         console.print(part)
     if json_file is not None:
@@ -204,8 +207,8 @@ def _subject(
         )
     if param_dtype not in _ITEMSIZES:
         raise ValueError(f"--param-dtype must be fp32, bf16 or fp16, not {show(param_dtype)}")
-    itemsize, splits_master = _ITEMSIZES[param_dtype], param_dtype == "bf16"
-    specs = synthetic_specs(int(params), itemsize, splits_master=splits_master)
+    itemsize, is_bfloat16 = _ITEMSIZES[param_dtype], param_dtype == "bf16"
+    specs = synthetic_specs(int(params), itemsize, is_bfloat16=is_bfloat16)
     return specs, Training(saves=True)
 
 

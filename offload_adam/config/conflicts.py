@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from offload_adam.config.optimizer_sections import AdamSection
 from offload_adam.config.sections import ParallelSection, RunConfig, ScheduleSection
+from offload_adam.options import CODED_FORMATS
 
 
 def find_conflicts(config: RunConfig) -> Iterator[tuple[str, str, str]]:
@@ -51,7 +52,7 @@ def _needs(key: str, other: str, value: str, reason: str) -> tuple[str, str, str
 
 
 def _low_precision_conflicts(config: RunConfig) -> Iterator[tuple[str, str, str]]:
-    """Yield the options that bf16 state cannot be combined with."""
+    """Yield the options that state in low precision cannot be combined with."""
     optimizer = config.optimizer
     is_mindspore = isinstance(optimizer, AdamSection)
     amsgrad = "use_amsgrad" if is_mindspore else "amsgrad"
@@ -61,6 +62,9 @@ def _low_precision_conflicts(config: RunConfig) -> Iterator[tuple[str, str, str]
     on_device = "since state in low precision is updated in host memory"
     if is_mindspore and not optimizer.streams:
         yield _needs("state_format", "use_offload", "true", on_device)
+    if is_mindspore and optimizer.use_lazy and optimizer.state_format in CODED_FORMATS:
+        problem = "since it updates single rows, and 8-bit codes share an exponent in blocks"
+        yield _needs("state_format", "use_lazy", "false", problem)
     if config.memory.offload_fraction < 1.0:
         key = "memory.offload_fraction"
         yield "optimizer.state_format", key, f"needs {key}: 1.0, {on_device}"

@@ -13,7 +13,7 @@ from torch import nn
 
 from offload_adam.kernels.probe import STREAM_NBYTES, pass_over
 from offload_adam.layout.budget import traffic_nbytes
-from offload_adam.layout.flat import ParameterSpec
+from offload_adam.layout.flat import BLOCK_NUMEL, ParameterSpec
 from offload_adam.layout.state_plan import StatePolicy, plan_state
 from offload_adam.memory.arena import HostArena, padded_nbytes
 from offload_adam.memory.pinning import CudaRuntime
@@ -89,13 +89,21 @@ def measure_step(
     group = {"params": parameters, "state_format": state_format}
     with closing(OffloadAdam([group], max_grad_norm=1.0, num_threads=num_threads)) as optimizer:
         step_s = _median_s(optimizer.step, num_steps, num_warmup=2)
-    is_low = state_format == "bf16"
+    return step_nbytes(NUM_PARAMETERS, parameter_numel, state_format) / step_s / 1e9
+
+
+def step_nbytes(num_parameters: int, parameter_numel: int, state_format: StateFormat) -> int:
+    """Return the memory traffic of a clipped step of bf16 parameters on the CPU."""
     specs = [
-        ParameterSpec(i, parameter_numel, 2, "bf16", has_bf16_moments=is_low, splits_master=is_low)
-        for i in range(NUM_PARAMETERS)
+        ParameterSpec(i, parameter_numel, 2, "bf16", state_format=state_format, is_bfloat16=True)
+        for i in range(num_parameters)
     ]
-    step_nbytes = sum(traffic_nbytes(plan) for plan in plan_state(specs, StatePolicy()))
-    return step_nbytes / step_s / 1e9
+    return sum(traffic_nbytes(plan) for plan in plan_state(specs, StatePolicy()))
+
+
+def step_nbytes_per_element(state_format: StateFormat) -> float:
+    """Return the memory traffic of such a step for each element, without padding."""
+    return step_nbytes(1, BLOCK_NUMEL, state_format) / BLOCK_NUMEL
 
 
 def bus_gb_per_s(index: int) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from typing import Any
 from offload_adam.files import read_regular_file
 from offload_adam.kernels.threads import allowed_cores
 from offload_adam.layout.ring import RingSpeed
+from offload_adam.options import LOW_PRECISION, StateFormat
 from offload_adam.printable import show
 
 logger = logging.getLogger(__name__)
@@ -58,14 +59,18 @@ class Bandwidth:
     step: bandwidth of an optimizer step with fp32 state and the threads of all ranks of a node.
     network: speeds of the collectives, by the ranks that they were measured with.
     bus: bandwidth of the slowest GPU's copies, in their slower direction.
-    step_bf16: bandwidth of the same step with bf16 state.
+    low_precision_steps: bandwidth of the same step in other formats of the state.
     """
 
     memory: Mapping[int, float] = field(default_factory=dict)
     step: float | None = None
     network: Mapping[Ranks, RingSpeed] = field(default_factory=dict)
     bus: float | None = None
-    step_bf16: float | None = None
+    low_precision_steps: dict[StateFormat, float] = field(default_factory=dict)
+
+    def step_in(self, state_format: StateFormat) -> float | None:
+        """Return the bandwidth of a step in this format."""
+        return self.step if state_format == "fp32" else self.low_precision_steps.get(state_format)
 
 
 def _path() -> Path:
@@ -87,11 +92,12 @@ def keep(measured: Bandwidth) -> Path | None:
     """
     known = recall()
     networks = {**known.network, **measured.network}
+    low_precision = {**known.low_precision_steps, **measured.low_precision_steps}
     values = {
         "machine": _machine(),
         "memory_gb_per_s": measured.memory or known.memory,
         "step_gb_per_s": measured.step or known.step,
-        "step_bf16_gb_per_s": measured.step_bf16 or known.step_bf16,
+        "low_precision_step_gb_per_s": low_precision,
         "bus_gb_per_s": measured.bus or known.bus,
         "network_gb_per_s": [{**asdict(ranks), **asdict(networks[ranks])} for ranks in networks],
     }
@@ -115,8 +121,11 @@ def recall() -> Bandwidth:
         if values["machine"] != _machine():
             return Bandwidth()
         memory, step = values["memory_gb_per_s"], values["step_gb_per_s"]
-        # Files of earlier versions lack some values.
-        step_bf16 = values.get("step_bf16_gb_per_s")
+        # Files of earlier versions lack some values. Some have only the step with bf16 state, under
+        # a key of its own.
+        low_precision = values.get("low_precision_step_gb_per_s")
+        if low_precision is None:
+            low_precision = {"bf16": values.get("step_bf16_gb_per_s")}
         bus, entries = values.get("bus_gb_per_s"), values.get("network_gb_per_s", [])
         network = {}
         for entry in entries:
@@ -126,7 +135,11 @@ def recall() -> Bandwidth:
         return Bandwidth(
             memory={_count(int(count)): _speed(value) for count, value in memory.items()},
             step=None if step is None else _speed(step),
-            step_bf16=None if step_bf16 is None else _speed(step_bf16),
+            low_precision_steps={
+                state_format: _speed(speed)
+                for state_format in LOW_PRECISION
+                if (speed := low_precision.get(state_format)) is not None
+            },
             network=network,
             bus=None if bus is None else _speed(bus),
         )

@@ -9,12 +9,18 @@ from pathlib import Path
 import torch
 
 from offload_adam.doctor import bandwidth_cache, devices, host, storage
-from offload_adam.doctor.bandwidth import counts_to_try, measure_bandwidth, measure_step
+from offload_adam.doctor.bandwidth import (
+    counts_to_try,
+    measure_bandwidth,
+    measure_step,
+    step_nbytes_per_element,
+)
 from offload_adam.doctor.bandwidth_cache import Bandwidth
 from offload_adam.doctor.finding import Finding
 from offload_adam.doctor.network import Network, network_finding
 from offload_adam.errors import HostMemoryError
 from offload_adam.kernels.threads import threads_per_node
+from offload_adam.options import LOW_PRECISION, StateFormat
 
 GOOD_SHARE = 0.8
 """Share of the highest bandwidth that all threads of a node together should reach."""
@@ -54,9 +60,10 @@ def examine(
         yield from bandwidth_findings(measured.memory, load_average)
         measured.step = measure_step(num_threads)
         yield step_finding(measured.step, measured.memory[num_threads])
-        measured.step_bf16 = measure_step(num_threads, state_format="bf16")
-        found = f"{measured.step_bf16:.1f} GB/s; a step moves 20 bytes a parameter instead of 30"
-        yield Finding("bandwidth of a step, bf16 state", found)
+        for state_format in LOW_PRECISION:
+            step = measure_step(num_threads, state_format=state_format)
+            measured.low_precision_steps[state_format] = step
+            yield low_precision_finding(state_format, step)
 
     def between_ranks() -> Iterator[Finding]:
         yield network_finding(network, bandwidth_cache.recall(), local_world_size)
@@ -132,3 +139,10 @@ def step_finding(step: float, memory: float) -> Finding:
     found = f"{step:.1f} GB/s, {step / memory:.0%} of the memory bandwidth"
     advice = "measure on an idle machine; if it stays low, see the checks of cores and threads"
     return Finding("bandwidth of a step", found, advice if step < STEP_SHARE * memory else "")
+
+
+def low_precision_finding(state_format: StateFormat, step: float) -> Finding:
+    """Return the bandwidth of a step in GB/s, and the bytes that it moves."""
+    low, fp32 = step_nbytes_per_element(state_format), step_nbytes_per_element("fp32")
+    found = f"{step:.1f} GB/s; a step moves {low:.3g} bytes a parameter instead of {fp32:.3g}"
+    return Finding(f"bandwidth of a step, {state_format} state", found)

@@ -62,24 +62,33 @@ class Formula:
         # BETA2_REST may be negative or 0. With an infinite moment the sum would be NaN.
         return v.where_infinite(before, before, second)
 
-    def direction(self, m: Any, g: Any, second: Any) -> Any:
-        """Return the numerator of the update.
+    def numerator(self, m: Any, g: Any) -> Any:
+        """Return the numerator of the update, if moments cannot be infinite.
 
         It is the first moment, or Nesterov's combination of the first moment and the gradient.
         """
         v, s = self._vectors, self._scalars
-        if not self.plain:
-            m = v.fma(s[at.MOMENT], m, self._builder.fmul(s[at.FRESH], g))
+        if self.plain:
+            return m
+        return v.fma(s[at.MOMENT], m, self._builder.fmul(s[at.FRESH], g))
+
+    def direction(self, m: Any, g: Any, second: Any) -> Any:
+        """Return the numerator of the update, or 0 if the second moment is infinite."""
+        v = self._vectors
         # If scaling or decay overflows the gradient, both moments are infinite, and their quotient
         # would be NaN.
-        return v.where_infinite(second, v.zeros(), m)
+        return v.where_infinite(second, v.zeros(), self.numerator(m, g))
 
-    def quotient(self, direction: Any, root: Any) -> Any:
-        """Return the direction divided by its denominator."""
+    def quotient(self, direction: Any, root: Any, scale: Any = None) -> Any:
+        """Return the direction divided by its denominator.
+
+        Args:
+            scale: a scalar that replaces DENOMINATOR_SCALE.
+        """
         # `weight` multiplies by the step size after this division. Before it, the product of the
         # step size and a small moment would be denormal.
-        scale, eps = self._scalars[at.DENOMINATOR_SCALE], self._scalars[at.EPS]
-        return self._builder.fdiv(direction, self._vectors.fma(scale, root, eps))
+        by = self._scalars[at.DENOMINATOR_SCALE] if scale is None else self._vectors.splat(scale)
+        return self._builder.fdiv(direction, self._vectors.fma(by, root, self._scalars[at.EPS]))
 
     def weight(self, before: Any, quotient: Any) -> Any:
         """Return the updated master weight."""

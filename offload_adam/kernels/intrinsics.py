@@ -183,15 +183,60 @@ def remainder_of(typingctx: Any, value: Any) -> Any:
 
 
 @intrinsic
-def join(typingctx: Any, upper: Any, remainder: Any) -> Any:
-    """Return the float32 of a bfloat16 and a remainder, see `Vectors.join`."""
+def bits_of(typingctx: Any, value: Any) -> Any:
+    """Return the bits of a float32 as int32."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        upper, remainder = arguments
-        upper = builder.shl(builder.zext(upper, I32), _constant(16))
-        return Vectors(builder, 1).join(upper, builder.sext(remainder, I32))
+        return builder.bitcast(arguments[0], I32)
 
-    return types.float32(types.uint16, types.int16), codegen
+    return types.int32(types.float32), codegen
+
+
+@intrinsic
+def float_of(typingctx: Any, bits: Any) -> Any:
+    """Return the float32 with these bits, given as the low half of an int64."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.trunc(arguments[0], I32), F32)
+
+    return types.float32(types.int64), codegen
+
+
+@intrinsic
+def bfloat16_of_24(typingctx: Any, value: Any, word: Any) -> Any:
+    """Return the bfloat16 bits of a float32 that is split into 24 bits, see `Vectors.split_24`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        vectors = Vectors(builder, 1)
+        upper, _ = vectors.split_24(*arguments)
+        return vectors.upper_half(upper)
+
+    return types.uint16(types.float32, types.int32), codegen
+
+
+@intrinsic
+def remainder_of_24(typingctx: Any, value: Any, word: Any) -> Any:
+    """Return the int8 remainder of a float32 that is split into 24 bits, see `Vectors.split_24`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        vectors = Vectors(builder, 1)
+        _, lower = vectors.split_24(*arguments)
+        return builder.trunc(builder.lshr(lower, _constant(8)), ir.IntType(8))
+
+    return types.int8(types.float32, types.int32), codegen
+
+
+@intrinsic
+def join(typingctx: Any, upper: Any, remainder: Any) -> Any:
+    """Return the float32 of a bfloat16 and a remainder of 16 or 8 bits, see `Vectors.join`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        upper, lower = arguments
+        upper = builder.shl(builder.zext(upper, I32), _constant(16))
+        lower = builder.shl(builder.sext(lower, I32), _constant(16 - remainder.bitwidth))
+        return Vectors(builder, 1).join(upper, lower)
+
+    return types.float32(types.uint16, remainder), codegen
 
 
 @intrinsic

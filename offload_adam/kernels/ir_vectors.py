@@ -134,6 +134,20 @@ class Vectors:
         odd = builder.and_(builder.lshr(bits, self._constant(I32, 16)), self._constant(I32, 1))
         return builder.add(builder.add(bits, self._constant(I32, 0x7FFF)), odd)
 
+    def zero_above(self, a: Any, limit: float) -> Any:
+        """Return 0 where |a| exceeds the limit, else a; a NaN stays a NaN."""
+        magnitude = self.builder.bitcast(self.magnitude_bits(a), self.kind)
+        exceeds = self.builder.fcmp_ordered(">", magnitude, self._constant(F32, limit))
+        return self.builder.select(exceeds, self.zeros(), a)
+
+    def magnitude_bits(self, a: Any) -> Any:
+        """Return the bits of |a| as int32 lanes."""
+        return self.builder.and_(self.bits(a), self._constant(I32, 0x7FFFFFFF))
+
+    def lower_bits(self, lanes: Any, count: int) -> Any:
+        """Return the lower bits of int32 lanes."""
+        return self.builder.and_(lanes, self._constant(I32, (1 << count) - 1))
+
     def stochastic(self, value: Any, random: Any) -> Any:
         """Return int32 lanes whose upper halves are bfloat16, rounded stochastically.
 
@@ -156,20 +170,42 @@ class Vectors:
             Two sets of int32 lanes. The upper halves of the first are the bfloat16, the lower
             halves of the second are the remainders.
         """
+        bits = self._quieted_bits(value)
+        return self.builder.add(bits, self._constant(I32, 0x8000)), bits
+
+    def split_24(self, value: Any, word: Any) -> tuple[Any, Any]:
+        """Split a float32 into a bfloat16 and a signed 8-bit remainder, rounded stochastically.
+
+        Both have the upper 24 bits of the float32. The probability of rounding away from zero is
+        the dropped 8 bits divided by 256. A NaN becomes a bfloat16 NaN, and its remainder is 0.
+
+        Args:
+            word: int32 lanes whose low 8 bits are uniform.
+
+        Returns:
+            Two sets of int32 lanes. The upper halves of the first are the bfloat16. Bits 8 to 15 of
+            the second are the remainders.
+        """
+        random = self.lower_bits(word, 8)
+        # The low half of a NaN is 0 here, so the random bits do not reach its remainder.
+        bits = self.builder.add(self._quieted_bits(value), random)
+        return self.builder.add(bits, self._constant(I32, 0x8000)), bits
+
+    def _quieted_bits(self, value: Any) -> Any:
+        """Return the bits of float32 lanes; a NaN has its quiet bit, and its lower half is 0."""
         builder = self.builder
         bits = self.bits(value)
-        # The addition below could turn a NaN into an infinity or a number.
+        # Additions to the bits could turn a NaN into an infinity or a number.
         upper = builder.and_(bits, self._constant(I32, 0xFFFF0000))
         quiet = builder.or_(upper, self._constant(I32, 0x400000))
-        bits = builder.select(self._is_nan(value), quiet, bits)
-        return builder.add(bits, self._constant(I32, 0x8000)), bits
+        return builder.select(self._is_nan(value), quiet, bits)
 
     def join(self, upper: Any, remainder: Any) -> Any:
         """Return the float32 of a bfloat16 and a remainder: the inverse of `split`.
 
         Args:
             upper: int32 lanes; the upper half is the bfloat16, the lower half is 0.
-            remainder: int32 lanes, the sign-extended remainder.
+            remainder: int32 lanes, the sign-extended remainder; 256 times it after `split_24`.
         """
         # If the rounding has carried into the upper half, the remainder is negative.
         value = self.builder.bitcast(self.builder.add(upper, remainder), self.kind)
@@ -263,12 +299,21 @@ class PairVectors(Vectors):
 
     def store_upper(self, bits: Any, array: Any, index: Any) -> None:
         """Write the upper halves of int32 lanes as 16-bit elements."""
-        b, count = self.builder, self.lanes // 2
-        even = self._shuffle(bits, range(count))
-        odd = self._shuffle(bits, range(count, 2 * count))
+        pairs = self._pairs_of_upper(bits)
+        self.builder.store(pairs, self._address_of_pairs(array, index)).align = 2
+
+    def _pairs_of_upper(self, bits: Any) -> Any:
+        """Return the upper halves of int32 lanes in the array's order, two in each int32."""
+        b = self.builder
+        even, odd = self._halves(bits)
         even = b.lshr(even, self._constant_pair(16))
         odd = b.and_(odd, self._constant_pair(0xFFFF0000))
-        b.store(b.or_(even, odd), self._address_of_pairs(array, index)).align = 2
+        return b.or_(even, odd)
+
+    def _halves(self, lanes: Any) -> tuple[Any, Any]:
+        """Return the lanes of even elements, and those of odd elements."""
+        count = self.lanes // 2
+        return self._shuffle(lanes, range(count)), self._shuffle(lanes, range(count, 2 * count))
 
     def load_split(self, upper: Any, remainder: Any, index: Any) -> Any:
         """Return the float32 whose halves are in two arrays of 16-bit elements."""

@@ -11,6 +11,12 @@ number of ranks or threads, and a resumed run has the same bits as a run without
     element g             low half of the word if g is even, else the high half, for `exp_avg_sq`;
                           the other half for `exp_avg`
 
+State of 8 bits takes one word for each element instead. Its blocks are blocks of this rank's part
+of a parameter, and may begin anywhere in the unsharded parameter:
+
+    block of 128          K = splitmix64(key ^ index of its first element * 0xD1342543DE82EF95)
+    element j of 128      x = (C[j] + k1) * k2 mod 2**32, word = x ^ (x >> 13)
+
 C[p] are constants, see `_pair_constants`. Each pair needs one 32-bit multiplication. A full hash of
 every element would double the arithmetic of an update. Within a block, words are almost pairwise
 independent, because k1 and the odd k2 are random. The low 7 bits of C[p] are p. Otherwise two
@@ -21,6 +27,7 @@ Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators" 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -60,7 +67,7 @@ class BlockWords:
 
         Args:
             key: int64, the step's key.
-            block: int64, the block's number in its parameter.
+            block: int64, identifies the block in its parameter.
         """
         self._builder = builder
         state = builder.xor(key, builder.mul(block, _constant(_BLOCK_MULTIPLIER)))
@@ -71,16 +78,24 @@ class BlockWords:
 
     def of_pairs(self, first: int, count: int) -> Any:
         """Return the words of pairs [first, first + count) as a vector."""
-        constants = ir.VectorType(I32, count)(_CONSTANTS[first : first + count])
+        return self.of_places(range(first, first + count))
+
+    def of_places(self, places: Sequence[int]) -> Any:
+        """Return the words of several constants as a vector."""
+        count = len(places)
+        constants = ir.VectorType(I32, count)([_CONSTANTS[place] for place in places])
         vectors = Vectors(self._builder, count)
         return self._mix(constants, vectors.splat(self._added), vectors.splat(self._multiplier))
+
+    def of_place(self, place: Any) -> Any:
+        """Return the word of one constant as int32; `place` is int64."""
+        address = self._builder.gep(_table(self._builder.module), [_constant(0), place])
+        return self._mix(self._builder.load(address), self._added, self._multiplier)
 
     def of_element(self, place: Any) -> Any:
         """Return the 16 bits of one element as int32; `place` is its place in the block, int64."""
         builder = self._builder
-        pair = builder.lshr(place, _constant(1))
-        address = builder.gep(_table(builder.module), [_constant(0), pair])
-        word = self._mix(builder.load(address), self._added, self._multiplier)
+        word = self.of_place(builder.lshr(place, _constant(1)))
         odd = builder.trunc(builder.and_(place, _constant(1)), I32)
         half = builder.lshr(word, builder.shl(odd, ir.Constant(I32, 4)))
         return builder.and_(half, ir.Constant(I32, 0xFFFF))
@@ -106,6 +121,22 @@ def random_bits(typingctx: Any, key: Any, index: Any) -> Any:
         return BlockWords(builder, key, block).of_element(place)
 
     return types.uint32(types.int64, types.int64), codegen
+
+
+@intrinsic
+def random_word(typingctx: Any, key: Any, index: Any, place: Any) -> Any:
+    """Return the 32 random bits of one element of a block, as int32.
+
+    Args:
+        index: of the block's first element in its parameter.
+        place: number of the element in the block.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        key, index, place = arguments
+        return BlockWords(builder, key, index).of_place(place)
+
+    return types.int32(types.int64, types.int64, types.int64), codegen
 
 
 def _emit_splitmix64(builder: Any, state: Any) -> Any:

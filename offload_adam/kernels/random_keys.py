@@ -16,9 +16,9 @@ LAST_SHIFT = 31
 """Constants of splitmix64."""
 
 
-KEY, FIRST, RUN, PITCH, LOCAL_START = range(5)
+KEY, FIRST, RUN, PITCH, LOCAL_START, SCALE, SHIFT = range(7)
 """Columns of the table `places` of `kernels.adam.update`."""
-NUM_COLUMNS = 5
+NUM_COLUMNS = 7
 
 
 def name_key(name: str) -> np.uint64:

@@ -6,7 +6,7 @@ gets the bits that the dense update would give it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
@@ -15,8 +15,8 @@ from offload_adam.kernels import scalars as at
 from offload_adam.kernels.adam import (
     ElementArray,
     Float32Array,
-    Int16Array,
     Int64Array,
+    RemainderArray,
     describe_formats,
     state_tags,
     update_range,
@@ -27,6 +27,9 @@ from offload_adam.kernels.formats import FloatFormat
 from offload_adam.kernels.intrinsics import prefetch, window
 from offload_adam.kernels.ir_vectors import LINE_NBYTES
 from offload_adam.kernels.random_keys import NUM_COLUMNS
+
+if TYPE_CHECKING:
+    from offload_adam.options import StateFormat
 
 # Rows to prefetch ahead. They can be anywhere in the table, so no hardware prefetcher finds them.
 _ROWS_AHEAD = 4
@@ -73,6 +76,7 @@ def _build() -> Any:
                     exp_avg_sq[low:high],
                     None,
                     window(param_out, low, high),
+                    None,
                     place,
                     low,
                     scalars,
@@ -93,7 +97,7 @@ def update_rows(
     width: int,
     scalars: Float32Array,
     master: ElementArray,
-    remainder: Int16Array | None,
+    remainder: RemainderArray | None,
     exp_avg: ElementArray,
     exp_avg_sq: ElementArray,
     param_out: ElementArray | None,
@@ -112,13 +116,14 @@ def update_rows(
         values: (k, width) contiguous, the rows' gradient as `gradient_format.bits_dtype`.
         width: elements in a row.
         scalars: (NUM_SCALARS,) float32, see `scalar_row`.
-        master: (n * width,) weights, updated in place; their format is one of `adam.update`.
+        master: (n * width,) weights, updated in place; in a format of `adam.update`, but without
+            8-bit codes.
         remainder: (n * width,) updated in place; None if `master` is float32.
         exp_avg, exp_avg_sq: (n * width,) moments, updated in place.
         param_out: (n * width,) the 16-bit parameter, written in its own format; None if `master` is
             the parameter.
-        place: (5,) int64, a row of `places` of `adam.update`; None for float32 moments. Its
-            local_start is that of row 0 of the table.
+        place: (NUM_COLUMNS,) int64, a row of `places` of `adam.update`; None for float32 moments.
+            Its local_start is that of row 0 of the table.
         num_pieces: number of threads that share the work.
 
     Cost: for an element of a touched row what `update` costs, and nothing for the other rows.
@@ -142,15 +147,16 @@ def update_rows(
 def compile_kernel(
     gradient_format: FloatFormat,
     param_format: FloatFormat | None,
-    moment_format: FloatFormat = FloatFormat.FLOAT32,
+    state_format: StateFormat = "fp32",
     split_master: bool = False,
 ) -> None:
     """Compile, or load from the disk cache, the specialisation that `update_rows` will need.
 
     Args:
-        gradient_format, param_format, moment_format, split_master: see `adam.compile_kernel`.
+        state_format: "fp32" or "bf16".
+        gradient_format, param_format, split_master: see `adam.compile_kernel`.
     """
-    master, remainder, moments = state_tags(moment_format, split_master)
+    master, remainder, exp_avg, exp_avg_sq = state_tags(state_format, split_master)
     arguments = (
         np.zeros(0, dtype=np.int64),
         gradient_format.dtype_tag(),
@@ -158,11 +164,11 @@ def compile_kernel(
         np.zeros(at.NUM_SCALARS, dtype=np.float32),
         master,
         remainder,
-        moments,
-        moments,
+        exp_avg,
+        exp_avg_sq,
         None if param_format is None else param_format.dtype_tag(),
-        None if moment_format is FloatFormat.FLOAT32 else np.zeros(NUM_COLUMNS, dtype=np.int64),
+        None if state_format == "fp32" else np.zeros(NUM_COLUMNS, dtype=np.int64),
         1,
     )
-    formats = describe_formats(gradient_format, param_format, moment_format, split_master)
+    formats = describe_formats(gradient_format, param_format, state_format, split_master)
     compile_now(_update_touched, arguments, f"row update ({formats})")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from offload_adam.layout.flat import Bucket
+from offload_adam.layout.flat import Bucket, blocks_of
 from offload_adam.layout.state_plan import StatePlan
 
 BLOCK_SUM_NBYTES = 8  # float64
@@ -62,18 +62,20 @@ class Category:
 def plane_nbytes(plan: StatePlan) -> dict[str, int]:
     """Return the bytes of each plane of one rank's shard of one bucket, gradients included.
 
-    Each plane has whole blocks, so that planes in one arena stay aligned.
+    Each plane has whole blocks, so that planes in one arena stay aligned. Exponents are few.
     """
     state = plan.state
-    itemsizes = {
-        "master_weight": state.master_weight,
-        "master_remainder": state.master_remainder,
-        "exp_avg": state.exp_avg,
-        "exp_avg_sq": state.exp_avg_sq,
-        "max_exp_avg_sq": state.max_exp_avg_sq,
-        Category.GRADIENT_SHARDS: plan.gradient.shard_itemsize,
+    numel = plan.bucket.shard_numel
+    nbytes = {
+        "master_weight": numel * state.master_weight,
+        "master_remainder": numel * state.master_remainder,
+        "exp_avg": numel * state.exp_avg,
+        "exp_avg_sq": numel * state.exp_avg_sq,
+        "max_exp_avg_sq": numel * state.max_exp_avg_sq,
+        "exponents": blocks_of(numel) * state.exponents,
+        Category.GRADIENT_SHARDS: numel * plan.gradient.shard_itemsize,
     }
-    return {name: plan.bucket.shard_numel * size for name, size in itemsizes.items() if size}
+    return {name: size for name, size in nbytes.items() if size}
 
 
 def accumulator_nbytes(plan: StatePlan) -> int:
@@ -113,8 +115,8 @@ def update_traffic_nbytes(plan: StatePlan) -> int:
     bucket, state = plan.bucket, plan.state
     own_master = 0 if state.master_weight else bucket.itemsize
     param_out = bucket.itemsize if plan.writes_parameters else 0
-    itemsize = _gradient_itemsize(plan) + 2 * (state.itemsize + own_master) + param_out
-    return bucket.shard_numel * itemsize
+    itemsize = _gradient_itemsize(plan) + 2 * own_master + param_out
+    return bucket.shard_numel * itemsize + 2 * state.nbytes_of(bucket.shard_numel)
 
 
 def exchange_traffic_nbytes(plan: StatePlan) -> int:

@@ -33,6 +33,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, Self, TypeVar
 
+from offload_adam.options import CODED_FORMATS, StateFormat
+
 
 class _Sliceable(Protocol):
     def __getitem__(self, elements: slice, /) -> Self: ...
@@ -74,8 +76,9 @@ class ParameterSpec:
     on_device: the parameter is not in host memory.
     padded_numel: elements to reserve for the parameter, if more than `numel`.
     num_shards: number of ranks that share the state of its bucket; 0 for the default of all.
-    has_bf16_moments: moments are bfloat16 instead of float32.
-    splits_master: the parameter is the high half of its own master weight.
+    state_format: format of the state.
+    is_bfloat16: the parameter is bfloat16. In low precision it is then a part of its master weight.
+    follows_state_format: for plans: the state format of a run applies to the parameter.
     """
 
     index: int
@@ -87,8 +90,9 @@ class ParameterSpec:
     unit: str = ""
     padded_numel: int = 0
     num_shards: int = 0
-    has_bf16_moments: bool = False
-    splits_master: bool = False
+    state_format: StateFormat = "fp32"
+    is_bfloat16: bool = False
+    follows_state_format: bool = False
 
 
 class Placement(NamedTuple):
@@ -151,8 +155,8 @@ class Bucket:
     placements: tuple[Placement, ...]
     amsgrad: bool = False
     on_device: bool = False
-    has_bf16_moments: bool = False
-    splits_master: bool = False
+    state_format: StateFormat = "fp32"
+    is_bfloat16: bool = False
 
     def __post_init__(self) -> None:
         end = 0
@@ -172,6 +176,11 @@ class Bucket:
                 f"Bucket {self.index} must have {expected} elements, not {self.numel}: its "
                 f"parameters end at {end}, and each of {self.world_size} shards has whole blocks."
             )
+
+    @property
+    def splits_master(self) -> bool:
+        """Whether the parameters are the high halves of their own master weights."""
+        return self.is_bfloat16 and self.state_format != "fp32"
 
     @property
     def shard_numel(self) -> int:
@@ -243,10 +252,12 @@ def plan_buckets(
         raise ValueError(f"{world_size=} and {bucket_nbytes=} must be at least 1")
     groups: list[tuple[ParameterSpec, list[Placement]]] = []
     open_groups: dict[tuple[str, str], list[Placement]] = {}
-    packs = sum(max(s.numel, s.padded_numel) < BLOCK_NUMEL for s in specs) >= PACK_FROM
+    many_tiny = sum(max(s.numel, s.padded_numel) < BLOCK_NUMEL for s in specs) >= PACK_FROM
     for spec in reversed(specs):
         group = open_groups.get((spec.bucket_key, spec.unit))
         numel = max(spec.numel, spec.padded_numel)
+        # A block of codes has one exponent, so it belongs to one parameter.
+        packs = many_tiny and spec.state_format not in CODED_FORMATS
         start = start_after(group[-1].memory_end, numel, packs=packs) if group else 0
         if group is None or align(start + numel) * spec.itemsize > bucket_nbytes:
             group = open_groups[spec.bucket_key, spec.unit] = []
@@ -268,8 +279,8 @@ def plan_buckets(
             tuple(placements),
             amsgrad=spec.amsgrad,
             on_device=spec.on_device,
-            has_bf16_moments=spec.has_bf16_moments,
-            splits_master=spec.splits_master,
+            state_format=spec.state_format,
+            is_bfloat16=spec.is_bfloat16,
         )
         for offset, (spec, placements) in enumerate(groups)
     )

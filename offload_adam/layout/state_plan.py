@@ -22,12 +22,12 @@ Worked example: two ranks, one bucket of 1000 bf16 parameters on a GPU, averaged
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from offload_adam.layout.flat import Bucket, ParameterSpec, plan_buckets
-from offload_adam.options import OffloadPolicy
+from offload_adam.layout.flat import Bucket, ParameterSpec, blocks_of, plan_buckets
+from offload_adam.options import OffloadPolicy, StateFormat
 
 FLOAT32_NBYTES = 4
 BFLOAT16_NBYTES = 2
@@ -145,8 +145,9 @@ class PlaneSizes:
     master_weight: 4 for fp32. 2 for the high half of a split master weight, if the parameter is on
         another device than its state. 0 if the parameter itself is the master weight or its high
         half.
-    master_remainder: 2 for the low half of a split master weight.
+    master_remainder: 2 for the low half of a split master weight, 1 for its upper byte alone.
     max_exp_avg_sq: only with amsgrad.
+    exponents: bytes per block of 128 elements, not per element: the exponents of 8-bit codes.
     """
 
     master_weight: int
@@ -154,6 +155,7 @@ class PlaneSizes:
     exp_avg: int
     exp_avg_sq: int
     max_exp_avg_sq: int
+    exponents: int
 
     @property
     def moments(self) -> int:
@@ -162,14 +164,22 @@ class PlaneSizes:
 
     @property
     def itemsize(self) -> int:
-        """Bytes per element of all planes together."""
+        """Bytes per element of all planes together, without the exponents of blocks."""
         return self.master_weight + self.master_remainder + self.moments
 
     @property
     def saved(self) -> int:
-        """Bytes per element of the planes in a checkpoint, which omits copies of parameters."""
+        """Bytes per element of the planes in a checkpoint, which omits copies of parameters.
+
+        8-bit codes are saved as bfloat16 values, see `memory.codes`.
+        """
         master = self.master_remainder or self.master_weight
-        return master + self.moments
+        moments = max(self.exp_avg, BFLOAT16_NBYTES) + max(self.exp_avg_sq, BFLOAT16_NBYTES)
+        return master + moments + self.max_exp_avg_sq
+
+    def nbytes_of(self, numel: int) -> int:
+        """Return the bytes of all planes of `numel` elements in whole blocks."""
+        return numel * self.itemsize + blocks_of(numel) * self.exponents
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,7 +304,7 @@ def plan_state(
         first_index: index of the first new bucket, after those that already exist.
 
     Raises:
-        ValueError: bf16 state would be stored on a device.
+        ValueError: state in low precision would be stored on a device.
     """
     buckets = plan_buckets(
         specs,
@@ -306,10 +316,11 @@ def plan_state(
     plans = []
     for bucket in buckets:
         location = _location_of(bucket, policy, bucket.index in on_device)
-        if bucket.has_bf16_moments and not location.is_host:
+        if bucket.state_format != "fp32" and not location.is_host:
             raise ValueError(
-                "state_format='bf16' needs state in host memory, where the kernels update it. Pass "
-                "offload_fraction=1 (and use_offload=True to Adam), or state_format='fp32'."
+                f"state_format={bucket.state_format!r} needs state in host memory, where the "
+                "kernels update it. Pass offload_fraction=1 (and use_offload=True to Adam), or "
+                "state_format='fp32'."
             )
         state = _plane_sizes(bucket, location)
         gradient = _gradient_plan(bucket, location, policy)
@@ -367,30 +378,45 @@ def _location_of(bucket: Bucket, policy: StatePolicy, stays: bool) -> StateLocat
     return StateLocation.DEVICE if stays else StateLocation.OFFLOADED
 
 
+# exp_avg, exp_avg_sq, exponents of a block, and remainder of a bfloat16 parameter.
+_FORMAT_NBYTES: Mapping[StateFormat, tuple[int, int, int, int]] = {
+    "fp32": (4, 4, 0, 0),
+    "bf16": (2, 2, 0, 2),
+    "mixed": (2, 1, 2, 1),
+    "int8": (1, 1, 2, 1),
+}
+
+
 def _plane_sizes(bucket: Bucket, location: StateLocation) -> PlaneSizes:
     """Return the bytes per element of each plane of a bucket's state.
 
-    state format, parameter     master_weight   master_remainder   each moment
-    fp32, 16-bit parameter      4               0                  4
-    fp32, fp32 parameter        own             0                  4
-    bf16, bf16 parameter        own             2                  2
-    bf16, fp16 parameter        4               0                  2
-    bf16, fp32 parameter        own             0                  2
+    state format    exp_avg   exp_avg_sq   exponents of a block   remainder of a bf16 parameter
+    fp32            4         4            0                      0
+    bf16            2         2            0                      2
+    mixed           2         1            2                      1
+    int8            1         1            2                      1
+
+    state format, parameter            master_weight
+    fp32, 16-bit parameter             4
+    low precision, bf16 parameter      own
+    low precision, fp16 parameter      4
+    any, fp32 parameter                own
 
     "own": the parameter is the master weight, or its high half. The size is then 0, or that of the
     parameter if it is on a device and its state in host memory, which then has a copy of it.
     """
-    moment = BFLOAT16_NBYTES if bucket.has_bf16_moments else FLOAT32_NBYTES
+    exp_avg, exp_avg_sq, exponents, remainder = _FORMAT_NBYTES[bucket.state_format]
     if bucket.splits_master or bucket.itemsize == FLOAT32_NBYTES:
         master = bucket.itemsize if location is StateLocation.OFFLOADED else 0
     else:
         master = FLOAT32_NBYTES
     return PlaneSizes(
         master_weight=master,
-        master_remainder=BFLOAT16_NBYTES if bucket.splits_master else 0,
-        exp_avg=moment,
-        exp_avg_sq=moment,
-        max_exp_avg_sq=moment if bucket.amsgrad else 0,
+        master_remainder=remainder if bucket.splits_master else 0,
+        exp_avg=exp_avg,
+        exp_avg_sq=exp_avg_sq,
+        max_exp_avg_sq=FLOAT32_NBYTES if bucket.amsgrad else 0,
+        exponents=exponents,
     )
 
 

@@ -100,7 +100,7 @@ class ShardSegments:
 def rounding_places(
     items: Sequence[NewParameter], segments: ShardSegments
 ) -> npt.NDArray[np.int64]:
-    """Return `BucketState.places` of parameters with bf16 state.
+    """Return `BucketState.places` of parameters with state in low precision.
 
     Args:
         items: the parameters of one bucket.
@@ -131,11 +131,13 @@ class BucketState:
     shard: (shard_numel,) view of this rank's part of `flat`.
     planes: master weights, moments and gradient shard, each (shard_numel,).
     step_counts: (num parameters,) float32 on the host, number of updates, as in torch.
+    scales: (num parameters,) float64 on the host, see `memory.codes`: 0 before the first update,
+        then in [1, 2). None for state without codes.
     centralized: (num parameters,) bool, whether the mean over all dimensions but the first is
         subtracted from a parameter's gradients.
     segments: the parts of parameters in this rank's shard.
-    places: (num parameters, 5) int64, see `kernels.adam.update`, but the key is `name_key`, which
-        does not depend on the step; None for fp32 state.
+    places: (num parameters, NUM_COLUMNS) int64, see `kernels.adam.update`, but without the columns
+        that depend on the step: the key is `name_key`, scale and shift are 0. None for fp32 state.
     counted: this rank adds its shard to global sums. False if other ranks have the same elements,
         and one of them adds these.
     local_shard: how FSDP2 or tensor parallelism has sharded the first of the bucket's parameters,
@@ -154,6 +156,7 @@ class BucketState:
     shard: torch.Tensor
     planes: StatePlanes
     step_counts: torch.Tensor
+    scales: torch.Tensor | None
     centralized: npt.NDArray[np.bool_]
     segments: ShardSegments
     places: npt.NDArray[np.int64] | None
@@ -173,7 +176,7 @@ class BucketState:
     @property
     def state_format(self) -> StateFormat:
         """The format of the state."""
-        return "bf16" if self.layout.has_bf16_moments else "fp32"
+        return self.layout.state_format
 
     @property
     def gradient_dtype(self) -> torch.dtype:

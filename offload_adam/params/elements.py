@@ -32,6 +32,8 @@ FORMATS: dict[torch.dtype, FloatFormat] = {
 
 def bits_of(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
     """Return a host tensor as a NumPy array of the dtype that the kernels use for its format."""
+    if tensor.dtype == torch.uint8:  # codes
+        return tensor.numpy()
     bits_dtype = FORMATS[tensor.dtype].bits_dtype
     if tensor.dtype != torch.float32:
         tensor = tensor.view(torch.int16)  # NumPy has no bfloat16

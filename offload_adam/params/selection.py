@@ -144,18 +144,9 @@ class NewParameter:
     @property
     def bucket_key(self) -> str:
         """A key that all parameters of one bucket share: dtype, device and planes of state."""
-        planes = "+bf16 state" if self.has_bf16_moments else "+amsgrad" if self.amsgrad else ""
+        is_low = self.state_format != "fp32"
+        planes = f"+{self.state_format} state" if is_low else "+amsgrad" if self.amsgrad else ""
         return bucket_key_of(self.local) + planes
-
-    @property
-    def has_bf16_moments(self) -> bool:
-        """Whether its moments are bfloat16."""
-        return self.state_format == "bf16"
-
-    @property
-    def splits_master(self) -> bool:
-        """Whether the parameter is the high half of its own master weight."""
-        return self.state_format == "bf16" and self.parameter.dtype == torch.bfloat16
 
     @property
     def unit(self) -> str:

@@ -38,7 +38,7 @@ def needs(plan: Prediction, training: Training, machine: Machine) -> list[Need]:
 
 
 def largest_model(
-    itemsize: int, training: Training, machine: Machine, *, splits_master: bool | None = None
+    itemsize: int, training: Training, machine: Machine, *, is_bfloat16: bool | None = None
 ) -> int | None:
     """Return about how many parameters fit, None if no memory is known.
 
@@ -46,11 +46,11 @@ def largest_model(
 
     Args:
         itemsize: bytes of an element of the parameters.
-        splits_master: see `synthetic_specs`.
+        is_bfloat16: see `synthetic_specs`.
     """
 
     def needs_of(numel: int) -> list[Need]:
-        specs = synthetic_specs(numel, itemsize, splits_master=splits_master)
+        specs = synthetic_specs(numel, itemsize, is_bfloat16=is_bfloat16)
         return needs(predict(specs, training), training, machine)
 
     def fits(numel: int) -> bool:
@@ -124,7 +124,7 @@ def _changes(
                 spec,
                 itemsize=2,
                 bucket_key=f"{spec.bucket_key} halved",
-                splits_master=spec.has_bf16_moments,
+                is_bfloat16=True,
             )
             for spec in specs
         ]
@@ -140,8 +140,11 @@ def _changes(
         yield "optimizer.reduce_dtype: null", specs, replace(training, reduce_fp32=False)
     if training.replicated:
         yield "optimizer.use_offload: true", specs, replace(training, replicated=False)
-    if training.state_format == "fp32" and training.allows_low_precision:
-        yield "optimizer.state_format: bf16", specs, replace(training, state_format="bf16")
+    if training.allows_low_precision:
+        formats = get_args(StateFormat)
+        for smaller in formats[formats.index(training.state_format) + 1 :]:
+            setting = f"optimizer.state_format: {smaller}"
+            yield setting, specs, replace(training, state_format=smaller)
     if training.amsgrad:
         yield "without amsgrad", specs, replace(training, amsgrad=False)
     can_stay = training.on_device and not training.replicated and training.state_format == "fp32"

@@ -81,7 +81,7 @@ class Training:
 
     @property
     def allows_low_precision(self) -> bool:
-        """Whether the other settings allow bf16 state."""
+        """Whether the other settings allow state in low precision."""
         offloads = self.offload.offload_fraction == 1.0 and not self.replicated
         return (offloads or not self.on_device) and not self.amsgrad
 
@@ -118,10 +118,10 @@ class Training:
         """Return how the optimizer would store the state of these parameters.
 
         Args:
-            specs: parameters, with `has_bf16_moments` and `splits_master` for bf16 state. If
-                `state_format` is "fp32", these two are ignored.
+            specs: parameters. Those with `follows_state_format` get the format of this training.
         """
         is_low = self.state_format != "fp32"
+        low_key = f"+{self.state_format} state"
         return plan_state(
             [
                 # Not `replace`, which takes several times as long: there may be 1e5 of them.
@@ -129,14 +129,14 @@ class Training:
                     spec.index,
                     spec.numel,
                     spec.itemsize,
-                    spec.bucket_key + ("+bf16 state" if is_low and spec.has_bf16_moments else ""),
+                    spec.bucket_key + (low_key if is_low and spec.follows_state_format else ""),
                     amsgrad=self.amsgrad,
                     on_device=self.on_device,
                     unit=spec.unit,
                     padded_numel=spec.padded_numel,
                     num_shards=spec.num_shards,
-                    has_bf16_moments=is_low and spec.has_bf16_moments,
-                    splits_master=is_low and spec.splits_master,
+                    state_format=self.state_format if spec.follows_state_format else "fp32",
+                    is_bfloat16=spec.is_bfloat16,
                 )
                 for spec in specs
             ],
@@ -180,12 +180,12 @@ class Machine:
 
 
 def synthetic_specs(
-    numel: int, itemsize: int, *, splits_master: bool | None = None
+    numel: int, itemsize: int, *, is_bfloat16: bool | None = None
 ) -> list[ParameterSpec]:
     """Return parameters with `numel` elements together, for a model of which nothing else is known.
 
     Args:
-        splits_master: see `ParameterSpec`. None assumes that 16-bit parameters are bfloat16.
+        is_bfloat16: see `ParameterSpec`. None assumes that 16-bit parameters are bfloat16.
 
     Raises:
         ValueError: `numel` is not between 1 and MOST_NUMEL.
@@ -206,11 +206,11 @@ def synthetic_specs(
         # than all others, and all slots with it: slots have the size of the largest bucket.
         smaller, num_larger = divmod(numel, num_parameters)
         sizes = [smaller + 1] * num_larger + [smaller] * (num_parameters - num_larger)
-    splits = itemsize == 2 if splits_master is None else splits_master
+    if is_bfloat16 is None:
+        is_bfloat16 = itemsize == 2
+    kind = f"{itemsize} bytes"
     return [
-        ParameterSpec(
-            i, size, itemsize, f"{itemsize} bytes", has_bf16_moments=True, splits_master=splits
-        )
+        ParameterSpec(i, size, itemsize, kind, is_bfloat16=is_bfloat16, follows_state_format=True)
         for i, size in enumerate(sizes)
     ]
 

@@ -249,7 +249,7 @@ def _check_needs_of_hooks(options: ExecutionOptions, *, hooked: bool, streams: b
 
 
 def _check_low_precision(options: ExecutionOptions, *, replicated: bool) -> None:
-    """Reject options that would store bf16 state on a device.
+    """Reject options that would store state in low precision on a device.
 
     Raises:
         ValueError: the message has the option to change.

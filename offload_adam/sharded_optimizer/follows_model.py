@@ -26,9 +26,9 @@ from offload_adam.params.selection import Selection, check_parameters
 from offload_adam.sharded_optimizer.ddp import is_in_ddp
 from offload_adam.sharded_optimizer.execution import Execution
 from offload_adam.sharded_optimizer.state_access import StateAccess
-from offload_adam.state.load_plan import plan_load
+from offload_adam.state.load_plan import copy_all, plan_load
 from offload_adam.state.state_edits import StateEdits
-from offload_adam.state.state_shard import local_state
+from offload_adam.state.state_shard import coded_state, local_state
 from offload_adam.step.backward_hooks import BackwardHooks
 from offload_adam.step.build import Backend, Storage
 from offload_adam.step.step import ShardedAdam
@@ -213,8 +213,7 @@ class FollowsModel(StateAccess):
             with torch.no_grad():
                 for parameter, entry in loaded.items():
                     place = core.bucket_and_position(self._index_of[parameter])
-                    for target, source in plan_load(*place, entry):
-                        target.copy_(source)
+                    copy_all(plan_load(*place, entry), had_codes=False)
             core.num_steps = num_steps
         except BaseException:
             self._release()
@@ -229,7 +228,7 @@ class FollowsModel(StateAccess):
             for parameter, index in self._index_of.items()
         }
         return {
-            parameter: entry
+            parameter: entry | coded_state(*core.bucket_and_position(self._index_of[parameter]))
             for parameter, entry in entries.items()
             if any(bool(value.any()) for key, value in entry.items() if key != "master_weight")
         }

@@ -17,13 +17,15 @@ from offload_adam.compiling import never_compiled
 from offload_adam.coordinator.rank_checks import raise_on_all_ranks
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import CheckpointError
+from offload_adam.memory.planes import SCALED_KEY
 from offload_adam.options import StateFormat
 from offload_adam.params.groups import known_names, names_of
 from offload_adam.printable import show
-from offload_adam.state.load_plan import plan_load
+from offload_adam.state.load_plan import copy_all, plan_load
 from offload_adam.state.state_dict import (
     FORMATS_KEY,
     STATE_KEY,
+    SavedState,
     StateReference,
     check_group_sizes,
     gather_bucket,
@@ -35,7 +37,7 @@ from offload_adam.state.state_dict import (
     reject_other_format,
 )
 from offload_adam.state.state_edits import StateEdits
-from offload_adam.state.state_shard import shard_of, state_shard
+from offload_adam.state.state_shard import coded_state, shard_of, state_shard
 from offload_adam.step.ledger import LedgerEntry
 from offload_adam.step.step import ShardedAdam
 from offload_adam.torch_private import (
@@ -258,7 +260,8 @@ class StateAccess(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state: plain tensors with one rank, `StateShard` tensors with more.
 
-        Tensors share memory with the optimizer, as torch's do. A `StateShard` has the parameter's
+        Tensors share memory with the optimizer, as torch's do, but for moments in 8-bit codes,
+        which are copied as bfloat16 values. A `StateShard` has the parameter's
         shape and this rank's elements. `torch.distributed.checkpoint` saves it, and loads it with
         any world size. `torch.save` raises an error. `load_state_dict` accepts the dict on the same
         rank of the same world size.
@@ -317,7 +320,7 @@ class StateAccess(torch.optim.Optimizer):
         rank, world_size = self._settled().partition  # after the hooks, which may edit the state
         ids = self._packed_ids()
         # Copy the entries: an edit of the saved dict must not change optimizer.state.
-        entries = {ids[parameter]: dict(self.state[parameter]) for parameter in self._index_of}
+        entries = {ids[parameter]: self._saved_entry(parameter) for parameter in self._index_of}
         return {
             "state": {**entries, **self._added_values()},
             "param_groups": self._packed_groups(ids),
@@ -328,6 +331,11 @@ class StateAccess(torch.optim.Optimizer):
                 **self._package_entries(),
             },
         }
+
+    def _saved_entry(self, parameter: torch.nn.Parameter) -> dict[str, Any]:
+        """Return a parameter's entry of `optimizer.state`, with the values of moments in codes."""
+        bucket, position = self._alive().bucket_and_position(self._index_of[parameter])
+        return {**self.state[parameter], **coded_state(bucket, position)}
 
     def _formats(self) -> dict[str, dict[int, StateFormat]]:
         """Return the state dict entry for parameters without fp32 state; {} if there are none."""
@@ -425,17 +433,17 @@ class StateAccess(torch.optim.Optimizer):
         """Load a state in place, after checking all of it. Collective with more than one rank.
 
         Parameters are matched by name if both sides have names, else by position. fp32 moments
-        are rounded to nearest if this optimizer has bf16 state.
+        are rounded to nearest if this optimizer has state in low precision.
 
         Args:
             state_dict: from `state_dict`, `local_state_dict` or `full_state_dict`, or from torch's
                 Adam or AdamW.
-            convert: also load bf16 state into fp32 state, which is otherwise an error. Load the
+            convert: also load state in low precision that was saved in another format. Load the
                 model first: its parameters are parts of the master weights.
 
         Raises:
             TypeError, ValueError: the state is of another rank or world size, or its groups, names
-                or shapes differ, or it is bf16 state that needs `convert`. The message names the
+                or shapes differ, or it needs `convert`. The message names the
                 difference. No rank modified anything.
             PeerError: another rank raised an error of another type, for example in a hook.
         """
@@ -483,7 +491,8 @@ class StateAccess(torch.optim.Optimizer):
             if parameter in self._index_of
         }
         if not convert:
-            self._reject_other_formats(core, saved.formats, saved_ids)
+            self._reject_other_formats(core, saved, saved_ids)
+        had_codes = any(SCALED_KEY in entry for entry in entries.values())
         self._warn_of_frozen(saved.state, saved_ids)
         with torch.no_grad():
             copies = [
@@ -499,8 +508,7 @@ class StateAccess(torch.optim.Optimizer):
             with torch.no_grad():
                 # If the dict is from this optimizer's own `state_dict`, source and target share
                 # memory, and the copy changes nothing.
-                for target, source in copies:
-                    target.copy_(source)
+                copy_all(copies, had_codes=had_codes and not convert)
             # The next step must compare all values: the model may have been loaded as well, so a
             # parameter may differ from its loaded master weight.
             core.external_edits.compare_all()
@@ -523,13 +531,12 @@ class StateAccess(torch.optim.Optimizer):
     def _reject_other_formats(
         self,
         core: ShardedAdam,
-        formats: Mapping[Any, str],
+        saved: SavedState,
         saved_ids: Sequence[Sequence[Any]],
     ) -> None:
-        """Reject bf16 state for parameters whose state has another format here.
+        """Reject state in low precision for parameters whose state has another format here.
 
         Args:
-            formats: `SavedState.formats`.
             saved_ids: saved ids of each group's parameters.
 
         Raises:
@@ -537,11 +544,10 @@ class StateAccess(torch.optim.Optimizer):
         """
         for group, group_ids in zip(self.param_groups, saved_ids, strict=True):
             for parameter, saved_id in zip(group["params"], group_ids, strict=True):
-                saved = formats.get(saved_id, "fp32")
-                if saved == "fp32" or parameter not in self._index_of:
-                    continue
-                bucket, position = core.bucket_and_position(self._index_of[parameter])
-                reject_other_format(bucket.names[position], saved, bucket.state_format)
+                if parameter in self._index_of:
+                    bucket, position = core.bucket_and_position(self._index_of[parameter])
+                    found = saved.format_of(saved_id, bucket.state_format)
+                    reject_other_format(bucket.names[position], found, bucket.state_format)
 
     def _load_reference(self, reference: StateReference) -> None:
         """Read the state of a reference, now or when an integration knows its folder."""
@@ -627,6 +633,5 @@ class StateAccess(torch.optim.Optimizer):
                 ) from error
             # A background checkpoint may still read the tensors that are overwritten here.
             core.external_edits.wait_for_snapshot()
-            for target, source in copies:
-                target.copy_(source)
+            copy_all(copies, had_codes=False)
         self._state_edits.restore(self.state)

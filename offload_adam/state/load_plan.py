@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from offload_adam.fsdp_private import (
     part_of_whole,
     placement_of,
 )
+from offload_adam.memory.codes import CodedMoment, Plane, check_storable
+from offload_adam.memory.planes import SCALED_KEY
 from offload_adam.memory.split_master import from_bytes, join_to_even, remainder_of
 from offload_adam.options import MAX_STEP_COUNT
 from offload_adam.params.bucket import BucketState
@@ -22,6 +25,7 @@ from offload_adam.params.elements import in_memory_order, in_shape_of
 from offload_adam.printable import show
 from offload_adam.state.boxes import memory_order
 from offload_adam.state.state_shard import (
+    SCALE_KEY,
     StateShard,
     describe_range,
     local_range,
@@ -29,21 +33,24 @@ from offload_adam.state.state_shard import (
     shard_of,
 )
 
+logger = logging.getLogger(__name__)
+
 _LOADABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def plan_load(
     state: BucketState, position: int, saved: Mapping[str, Any]
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+) -> list[tuple[Plane, torch.Tensor]]:
     """Check the saved state of one parameter, and return the copies that load it.
 
     Args:
-        saved: the keys of `local_state`, with tensors of the parameter's whole shape (from any
-            world size, or from torch's Adam) or of this rank's range. Missing moments are loaded as
-            zeros if no step was counted, since torch creates them at the first step. Without a
-            saved master weight, the current one stays; the next step replaces it if the parameter
-            is not its rounded value. A split master weight takes the parameter's value.
-            Moments are rounded to nearest if they were saved in fp32 and are stored in bf16.
+        saved: the keys of `local_state` and `coded_state`, with tensors of the parameter's whole
+            shape (from any world size, or from torch's Adam) or of this rank's range. Missing
+            moments are loaded as zeros if no step was counted, since torch creates them at the
+            first step. Without a saved master weight, the current one stays; the next step replaces
+            it if the parameter is not its rounded value. A split master weight takes the
+            parameter's value. State of another format is converted, and moments are rounded to
+            nearest.
 
     Returns:
         (target, source) pairs.
@@ -52,75 +59,159 @@ def plan_load(
         TypeError, ValueError: a tensor has another shape, or float32 cannot hold its values; the
             message names the parameter.
     """
-    copies = []
+    copies: list[tuple[Plane, torch.Tensor]] = []
     num_updates = float(saved.get("step", 0))
-    targets = {"step": state.step_counts[position], **parts_of(state, position)}
-    for key, target in targets.items():
-        value: Any = _without_bytes(saved.get(key)) if key == "master_remainder" else saved.get(key)
-        what = f"{key} of parameter {state.names[position]!r}"
-        other = OTHER_MASTER_KEY.get(key)
-        if key not in saved and other is not None and other in saved:
-            found = _without_bytes(saved[other])
-            copies.append((target, _converted_master(state, position, key, found, target)))
-        elif key not in saved:
-            if key not in ("step", *OTHER_MASTER_KEY) and num_updates > 0:
-                raise ValueError(
-                    f"The saved state has no {what}, but counts {num_updates:.0f} update(s). Load "
-                    "a complete state."
-                )
-            if key != "master_weight":
-                # A 0-d zero: `copy_` broadcasts it, so no memory of the target's size is needed.
-                copies.append((target, torch.zeros((), dtype=target.dtype, device=target.device)))
-        elif key == "step":
-            count = torch.tensor(float(value), dtype=target.dtype, device=target.device)
-            copies.append((target, count))
-        else:
-            _check_values(what, value, _dtypes_of(key))
-            copies.append((target, _part_of(state, position, what, value, target)))
+    scale = _scale_of(state, position, saved)
+    copies.append((state.step_counts[position], _scalar(num_updates, torch.float32)))
+    if state.scales is not None:
+        copies.append((state.scales[position], _scalar(scale, torch.float64)))
+    for key, target in parts_of(state, position).items():
+        other = OTHER_KEY.get(key, key)
+        found_key = key if key in saved or other not in saved else other
+        if found_key in saved:
+            found = _saved_part(state, position, found_key, saved[found_key], target)
+            is_remainder = key == found_key == "master_remainder"
+            if key != found_key or (is_remainder and found.dtype != target.dtype):
+                weight = shard_of(state, position).weight
+                if state.layout.world_size == 1:
+                    weight = in_shape_of(weight, local_of(state.parameters[position]))
+                found = converted(key, target.dtype, found_key, found, weight, scale)
+            copies.append((target, found))
+        elif key not in OTHER_MASTER_KEY and num_updates > 0:
+            raise ValueError(
+                f"The saved state has no {key} of parameter {state.names[position]!r}, but counts "
+                f"{num_updates:.0f} update(s). Load a complete state."
+            )
+        elif key != "master_weight":
+            # A 0-d zero: `copy_` broadcasts it, so no memory of the target's size is needed.
+            copies.append((target, torch.zeros((), dtype=target.dtype, device=target.device)))
     return copies
+
+
+def copy_all(copies: Iterable[tuple[Plane, torch.Tensor]], *, had_codes: bool) -> None:
+    """Run the copies of `plan_load`.
+
+    Args:
+        had_codes: the state was saved in the same format. Otherwise rounding is not logged.
+    """
+    num_rounded = 0
+    for target, source in copies:
+        is_exact = copy_plane(target, source)
+        num_rounded += not is_exact
+    log_rounded(num_rounded if had_codes else 0)
+
+
+def copy_plane(target: Plane, source: torch.Tensor) -> bool:
+    """Copy a plane; return False if values of codes had to be rounded, because blocks differ."""
+    if isinstance(target, CodedMoment):
+        # Other dtypes are other formats, which are always rounded.
+        return target.copy_(source) or source.dtype != target.dtype or source.dim() == 0
+    target.copy_(source)
+    return True
+
+
+def log_rounded(num_rounded: int) -> None:
+    """Log that moments were rounded although the format is the same, if there are any."""
+    if num_rounded:
+        logger.info(
+            "Rounded %d moment(s) in 8-bit codes once more, because the blocks of 128 elements "
+            "differ from those that were saved.",
+            num_rounded,
+        )
 
 
 OTHER_MASTER_KEY = {
     "master_weight": "master_remainder",
     "master_remainder": "master_weight",
 }
-"""The two keys of a master weight, each with the other one: in fp32, or the low half of it."""
+"""The two keys of a master weight, each with the other one: in fp32, or the lower bits of it."""
+
+OTHER_KEY = {**OTHER_MASTER_KEY, "exp_avg_sq": SCALED_KEY, SCALED_KEY: "exp_avg_sq"}
+"""Keys under which the same values are saved in another format."""
+
+
+def converted(
+    key: str,
+    dtype: torch.dtype,
+    saved_key: str,
+    saved: torch.Tensor,
+    weight: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Convert a plane that was saved in another format.
+
+    Args:
+        key, dtype: of the result. Moments keep the dtype that they have, since copies convert it.
+        saved_key: `key`, or its `OTHER_KEY`.
+        weight: parameters of the same shape. If `saved` are remainders, these must be loaded.
+        scale: see `SCALE_KEY`; used if only one of the two second moments is scaled.
+    """
+    if key in OTHER_MASTER_KEY:
+        saved, weight = saved.cpu(), weight.cpu()
+        if saved_key == "master_weight":
+            master = saved.float()
+        elif weight.dtype == torch.bfloat16:
+            master = join_to_even(weight, saved)
+        else:  # a remainder has no meaning for a parameter that is not bfloat16
+            master = weight.float()
+        return master if key == "master_weight" else remainder_of(master, weight, dtype)
+    if key == saved_key:
+        return saved
+    return saved.float() * scale if saved_key == SCALED_KEY else saved.float() / (scale or 1.0)
+
+
+def _scalar(value: float, dtype: torch.dtype) -> torch.Tensor:
+    return torch.tensor(value, dtype=dtype, device="cpu")
+
+
+def _scale_of(state: BucketState, position: int, saved: Mapping[str, Any]) -> float:
+    """Return the scale of a second moment that is saved or about to be loaded."""
+    if SCALE_KEY not in saved:
+        return float("exp_avg_sq" in saved)  # an unscaled moment is loaded with the scale 1
+    what = f"The saved {SCALE_KEY} of parameter {state.names[position]!r}"
+    return check_scale(what, saved[SCALE_KEY])
+
+
+def check_scale(what: str, value: Any) -> float:
+    """Check that a value is the scale of a second moment in codes, and return it.
+
+    Args:
+        what: name of the value, for the error message.
+
+    Raises:
+        ValueError: it is neither 0 nor in [1, 2).
+    """
+    scale = _number(value)
+    if not (scale == 0 or 1 <= scale < 2):
+        raise ValueError(f"{what} must be 0, or at least 1 and less than 2, not {show(value)}")
+    return scale
 
 
 def _dtypes_of(key: str) -> tuple[torch.dtype, ...]:
-    return (torch.int16,) if key == "master_remainder" else _LOADABLE
+    return (torch.int16, torch.int8) if key == "master_remainder" else _LOADABLE
 
 
-def _converted_master(
-    state: BucketState, position: int, key: str, value: Any, target: torch.Tensor
+def _saved_part(
+    state: BucketState, position: int, key: str, value: Any, target: Plane
 ) -> torch.Tensor:
-    """Check a master weight that was saved under the other key, and convert it to `key`."""
-    saved_key = OTHER_MASTER_KEY[key]
-    what = f"{saved_key} of parameter {state.names[position]!r}"
-    _check_values(what, value, _dtypes_of(saved_key))
-    part = _part_of(state, position, what, value, target)
-    weight = shard_of(state, position).weight
-    if state.layout.world_size == 1:
-        weight = in_shape_of(weight, local_of(state.parameters[position]))
-    return convert_master(key, part, weight)
-
-
-def convert_master(key: str, saved: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Convert a master weight that was saved under the other key of `OTHER_MASTER_KEY`.
-
-    Args:
-        key: key of the result.
-        saved: int16 remainders for "master_weight", else master weights of a floating dtype.
-        weight: parameters of the same shape. For "master_weight", they must be loaded already.
-
-    Returns:
-        int16 remainders or float32 master weights, on the host.
-    """
-    saved, weight = saved.cpu(), weight.cpu()
-    if key == "master_remainder":
-        return remainder_of(saved.float(), weight)
-    # A remainder has no meaning for a parameter that is not bfloat16.
-    return join_to_even(weight, saved) if weight.dtype == torch.bfloat16 else weight.float()
+    """Check a saved tensor, and return the part of it that `target` holds."""
+    what = f"{key} of parameter {state.names[position]!r}"
+    value = _without_bytes(value) if key == "master_remainder" else value
+    _check_values(what, value, _dtypes_of(key))
+    if isinstance(target, torch.Tensor):
+        return _part_of(state, position, what, value, target.shape)
+    local, is_whole = local_of(state.parameters[position]), state.layout.world_size == 1
+    shape = local.shape if is_whole else torch.Size([target.numel()])
+    part = _part_of(state, position, what, value, shape)
+    check_storable(f"The saved {what}", part, is_squared=target.is_squared)
+    if not is_whole:
+        return part
+    if part.stride() != local.stride():
+        reordered = torch.empty_strided(
+            part.shape, local.stride(), dtype=part.dtype, device=part.device
+        )
+        part = reordered.copy_(part)
+    return in_memory_order(part)
 
 
 def _check_values(what: str, value: object, dtypes: Sequence[torch.dtype]) -> None:
@@ -156,10 +247,7 @@ def check_step_count(what: str, value: Any) -> None:
     Raises:
         ValueError: it is not such a number.
     """
-    try:
-        count = math.nan if isinstance(value, str) else float(value)
-    except (ArithmeticError, RuntimeError, TypeError, ValueError):  # such as a tensor on meta
-        count = math.nan
+    count = _number(value)
     if not (0 <= count <= MAX_STEP_COUNT and count.is_integer()):
         raise ValueError(
             f"{what} must be a whole number of updates of at most {MAX_STEP_COUNT:,}, not "
@@ -167,10 +255,18 @@ def check_step_count(what: str, value: Any) -> None:
         )
 
 
+def _number(value: Any) -> float:
+    """Return a number or a tensor of one number as a float, NaN for anything else."""
+    try:
+        return math.nan if isinstance(value, str) else float(value)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError):  # such as a tensor on meta
+        return math.nan
+
+
 def _part_of(
-    state: BucketState, position: int, what: str, value: torch.Tensor, target: torch.Tensor
+    state: BucketState, position: int, what: str, value: torch.Tensor, shape: torch.Size
 ) -> torch.Tensor:
-    """Return the part of a saved tensor that `target` holds."""
+    """Return this rank's part of a saved tensor; `shape` is that of the part."""
     parameter = state.parameters[position]
     if is_dtensor(parameter):
         part = _part_of_dtensor(parameter, what, value)
@@ -190,7 +286,7 @@ def _part_of(
     if (
         state.layout.world_size > 1
         and value.shape == parameter.shape
-        and (value.shape != target.shape or value.dim() != 1)
+        and (value.shape != shape or value.dim() != 1)
     ):
         # A tensor of the whole shape. Copied into memory order, this rank's range is contiguous.
         whole = torch.empty_strided(
@@ -198,7 +294,7 @@ def _part_of(
         )
         start, end = local_range(state, position)
         return in_memory_order(whole.copy_(value))[start:end]
-    if value.shape != target.shape:
+    if value.shape != shape:
         raise ValueError(
             f"The saved {what} has shape {tuple(value.shape)} instead of "
             f"{tuple(parameter.shape)}. Load a state that was saved for this model."

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from offload_adam.coordinator.rank_checks import gather_texts
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.fsdp_private import local_of
-from offload_adam.options import STATE_FORMAT
+from offload_adam.memory.codes import values_of
+from offload_adam.memory.planes import SCALED_KEY
+from offload_adam.options import CODED_FORMATS, STATE_FORMAT, StateFormat
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.elements import in_memory_order, in_shape_of
 from offload_adam.params.groups import (
@@ -27,7 +29,7 @@ from offload_adam.params.groups import (
 from offload_adam.printable import show
 from offload_adam.state.boxes import Box, views_of
 from offload_adam.state.load_plan import check_step_count
-from offload_adam.state.state_shard import ParameterShard, decoded, placed_as
+from offload_adam.state.state_shard import SCALE_KEY, ParameterShard, decoded, placed_as
 from offload_adam.torch_private import all_gather
 
 STATE_KEY = "offload_adam"
@@ -37,7 +39,8 @@ FORMATS_KEY = "state_formats"
 """Key under `STATE_KEY`: format of each parameter's state, by packed id; fp32 is omitted."""
 
 _PLANES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_weight", "master_remainder")
-_STATE_KEYS = ("step", *_PLANES)
+_KEYS_APART = {"master_weight", SCALE_KEY}  # under `STATE_KEY` in a full state dict
+_STATE_KEYS = ("step", *_PLANES, SCALED_KEY, SCALE_KEY)
 _GROUP_KEYS = ("lr", "betas", "eps", "weight_decay", "amsgrad")
 
 
@@ -101,7 +104,7 @@ class SavedState:
     further: the entries under `STATE_KEY`; empty if another optimizer saved the state.
     names: names of each group's parameters, None if they were saved without names.
     added: values that a user or a hook has put into `optimizer.state` under a text of their own.
-    formats: format of each parameter's state, by packed id; parameters with fp32 state are omitted.
+    formats: formats of parameters' state by packed id, as far as they were saved; see `format_of`.
     """
 
     state: Mapping[int, Mapping[str, Any]]
@@ -110,6 +113,22 @@ class SavedState:
     names: Sequence[Sequence[str]] | None
     added: Mapping[str, Any]
     formats: Mapping[int, str]
+
+    def format_of(self, packed: Any, own: StateFormat) -> str:
+        """Return the format in which the state of a parameter was saved.
+
+        Args:
+            packed: the packed id of the parameter.
+            own: format of its state in this optimizer.
+        """
+        tag = self.formats.get(packed)
+        if tag is not None:
+            return tag
+        # torch's state dict functions drop the entries under `STATE_KEY`, but keep the planes.
+        entry = self.state.get(packed, {})
+        if SCALED_KEY in entry:  # the planes do not show which one it is
+            return own if own in CODED_FORMATS else CODED_FORMATS[0]
+        return "bf16" if "master_remainder" in entry else "fp32"
 
     def ids_for(self, names: Sequence[Sequence[str]] | None) -> list[list[Any]]:
         """Return the saved ids of each group's parameters, in the order of this optimizer.
@@ -189,7 +208,7 @@ def read_saved(state_dict: Mapping[str, Any], world_size: int, rank: int) -> Sav
             f"only its ranges. It cannot be loaded into rank {rank} of {world_size}. Save with "
             "full_state_dict() on the old ranks, and load that here."
         )
-    masters = marker.get("master_weight", {})
+    apart = {key: marker.get(key, {}) for key in _KEYS_APART}
     groups, every = state_dict["param_groups"], state_dict["state"]
     listed = {saved_id for group in groups for saved_id in group["params"]}
     added = {
@@ -203,14 +222,12 @@ def read_saved(state_dict: Mapping[str, Any], world_size: int, rank: int) -> Sav
                 f"The saved state of parameter {show(packed)} must be a dict, not {show(entry)}."
             )
     state = {
-        packed: {**entry, **({"master_weight": masters[packed]} if packed in masters else {})}
+        packed: {**entry, **{key: of[packed] for key, of in apart.items() if packed in of}}
         for packed, entry in every.items()
         if packed not in added
     }
     _reject_foreign(state, groups)
-    # torch's state dict functions drop the entries under `STATE_KEY`, but keep the planes.
-    formats = {packed: "bf16" for packed, entry in state.items() if "master_remainder" in entry}
-    formats |= marker.get(FORMATS_KEY, {})
+    formats = marker.get(FORMATS_KEY, {})
     for packed, stored in formats.items():
         STATE_FORMAT.check(f"The saved state_format of parameter {show(packed)}", stored)
     return SavedState(state, groups, marker, _saved_names(state_dict), added, formats)
@@ -226,7 +243,7 @@ def _check_structure(state_dict: Mapping[str, Any]) -> None:
         and all(isinstance(group, Mapping) for group in groups)
         and all(isinstance(group.get("params"), Sequence) for group in groups)
         and isinstance(marker, Mapping)
-        and all(isinstance(marker.get(key, {}), Mapping) for key in ("master_weight", FORMATS_KEY))
+        and all(isinstance(marker.get(key, {}), Mapping) for key in (*_KEYS_APART, FORMATS_KEY))
         and ("world_size" in marker) == ("rank" in marker)
     )
     if not is_valid:
@@ -267,7 +284,7 @@ def _reject_foreign(
 
 
 def reject_other_format(name: str, saved: str, own: str, *, can_convert: bool = True) -> None:
-    """Reject bf16 state if this optimizer stores it in another format.
+    """Reject state in low precision if this optimizer stores it in another format.
 
     Args:
         name: the parameter's name, for the message.
@@ -345,6 +362,8 @@ def pack_full(
 ) -> dict[str, Any]:
     """Return a plain `torch.optim.AdamW` state dict, with master weights under `STATE_KEY`.
 
+    So are the scales of second moments that were in codes: with them, a load is exact.
+
     Args:
         groups: packed groups, as in `Optimizer.state_dict()["param_groups"]`.
         packed_ids: torch's packed id by parameter index.
@@ -352,17 +371,19 @@ def pack_full(
             the caller replaces later.
         further: more entries under `STATE_KEY`.
     """
-    masters = {}
+    apart: dict[str, dict[int, Any]] = {key: {} for key in _KEYS_APART}
     state = {}
     for index, entry in sorted(whole.items()):
         entry = dict(entry)
-        if "master_weight" in entry:
-            masters[packed_ids[index]] = entry.pop("master_weight")
+        for key in _KEYS_APART & entry.keys():
+            apart[key][packed_ids[index]] = entry.pop(key)
         state[packed_ids[index]] = entry
+    if not apart[SCALE_KEY]:
+        del apart[SCALE_KEY]
     return {
         "state": state,
         "param_groups": [{**TORCH_OPTIONS, **group} for group in groups],
-        STATE_KEY: {"master_weight": masters, **further},
+        STATE_KEY: {**apart, **further},
     }
 
 
@@ -381,8 +402,11 @@ def gather_bucket(
         index: {"step": state.step_counts[position].clone()}
         for position, index in enumerate(state.indices.tolist())
     }
+    if state.scales is not None:
+        for position, index in enumerate(state.indices.tolist()):
+            whole[index][SCALE_KEY] = state.scales[position].clone()
     planes = state.planes.named(own_master=state.own_master)
-    for key, plane in decoded(planes, state.planes.master_weight):
+    for saved_key, plane in decoded(planes, state.planes.master_weight):
         flat = _gather_plane(plane, ranks, state.layout.world_size)
         if flat is None:
             continue
@@ -394,7 +418,9 @@ def gather_bucket(
                 parameter.shape, parameter.stride(), dtype=plane.dtype, device="cpu"
             )
             in_memory_order(values).copy_(flat[placed.start : placed.end])
-            whole[index][key] = values.contiguous()
+            if saved_key == SCALED_KEY and state.scales is not None:
+                values.mul_(state.scales[position])
+            whole[index][_torch_key(saved_key)] = values.contiguous()
     return whole if ranks.rank == 0 else None
 
 
@@ -421,7 +447,9 @@ def gather_shards(
         # On all ranks, so that none waits for rank 0 below.
         assert sum(numels) == shard.parameter.numel(), "each element is counted on one rank"
         whole.append({"step": shard.step.clone()})
-        for key, plane in decoded(shard.planes, shard.high):
+        if shard.scale is not None:
+            whole[-1][SCALE_KEY] = shard.scale.clone()
+        for saved_key, plane in decoded(shard.planes, shard.high):
             parts = _gather_parts(plane, numels, ranks)
             if ranks.rank != 0:
                 continue
@@ -430,8 +458,14 @@ def gather_shards(
                 in_order = value.permute(order)
                 for box, elements in views_of(part, each):
                     in_order[box.slices()] = elements
-            whole[-1][key] = value
+            if saved_key == SCALED_KEY and shard.scale is not None:
+                value.mul_(shard.scale)
+            whole[-1][_torch_key(saved_key)] = value
     return whole if ranks.rank == 0 else []
+
+
+def _torch_key(key: str) -> str:
+    return "exp_avg_sq" if key == SCALED_KEY else key
 
 
 def _gather_parts(
@@ -499,7 +533,7 @@ def join_replicas(state: BucketState, ranks: RankGroup) -> dict[int, dict[str, t
     for key, plane in state.planes.named(own_master=state.own_master).items():
         flat = torch.empty(state.layout.numel, dtype=plane.dtype, device="cpu")
         # As bytes: gloo has no collectives for int16.
-        sent = plane.cpu().view(torch.uint8)
+        sent = values_of(plane).cpu().view(torch.uint8)
         ranks.wait(all_gather(flat.view(torch.uint8), sent, group=group, async_op=True))
         for position, index in enumerate(state.indices.tolist()):
             placed, parameter = state.layout.placements[position], state.parameters[position]

@@ -11,8 +11,10 @@ from weakref import WeakMethod
 
 import torch
 
+from offload_adam.memory.planes import SCALED_KEY
 from offload_adam.printable import show
-from offload_adam.state.load_plan import check_step_count
+from offload_adam.state.load_plan import OTHER_KEY, check_step_count
+from offload_adam.state.state_shard import SCALE_KEY
 
 _values = methodcaller("values")
 
@@ -45,7 +47,17 @@ class StateEntry(dict[str, Any]):
         """Copy and pickle as an OrderedDict, which `torch.load` accepts with `weights_only`."""
         return OrderedDict, (dict(self),)
 
+    def __missing__(self, key: str) -> Any:
+        """Explain which other keys stand for the value.
+
+        Raises:
+            KeyError: always.
+        """
+        raise KeyError(_no_key(key) if OTHER_KEY.get(key) in self else key)
+
     def __setitem__(self, key: str, value: Any) -> None:
+        if key not in self and OTHER_KEY.get(key) in self:
+            raise ValueError(_no_key(key))
         own = self.get(key)
         if (
             key != "step"  # its value is checked first, at the next step
@@ -61,6 +73,15 @@ class StateEntry(dict[str, Any]):
                 own.copy_(value)
         else:
             super().__setitem__(key, value)
+
+
+def _no_key(key: str) -> str:
+    if key == "exp_avg_sq":
+        return (
+            f"{key!r} is not in this state, whose second moment is in 8-bit codes. It is the "
+            f"product of {SCALED_KEY!r} and {SCALE_KEY!r}."
+        )
+    return f"{key!r} is not in this state, which has {OTHER_KEY[key]!r} instead."
 
 
 class StateEdits:

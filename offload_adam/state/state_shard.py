@@ -16,10 +16,8 @@ from offload_adam.fsdp_private import (
     is_dtensor,
     local_of,
 )
-from offload_adam.memory.split_master import (
-    join,
-    to_bytes,
-)
+from offload_adam.memory.codes import CodedMoment, Plane, values_of
+from offload_adam.memory.split_master import join, to_bytes
 from offload_adam.options import StateFormat
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.elements import in_memory_order, in_shape_of, with_own_storage
@@ -31,6 +29,7 @@ from offload_adam.state.boxes import (
     memory_order,
     views_of,
 )
+from offload_adam.state.coded_tensor import CodedTensor
 from offload_adam.torch_private import ATEN_TO_COPY, make_wrapper_subclass
 
 if TYPE_CHECKING:  # importing DCP takes seconds, so only the methods that DCP calls import it
@@ -47,6 +46,10 @@ _LOCAL_OPERATIONS = {
     _aten.zeros_like.default,
 }
 """Operations that are applied to the elements of a `StateShard` and return a `StateShard`."""
+
+
+SCALE_KEY = "exp_avg_sq_scale"
+"""Key of the scale of a second moment in codes."""
 
 
 def local_range(state: BucketState, position: int) -> tuple[int, int]:
@@ -69,10 +72,12 @@ class ParameterShard(NamedTuple):
     counted: False if another rank has the same elements, and saves them.
     start, end: this rank owns elements [start, end) of the parameter, or of a DTensor's local part.
     weight: (end - start,) view of the parameter, in its dtype, on its device.
-    planes: (end - start,) views of the state, by torch's keys.
+    planes: (end - start,) views of the state, by the keys of `StatePlanes.named`.
     high: (end - start,) view of the high halves of split master weights; None if they are not
         split.
     step: 0-d view of the step count.
+    scale: 0-d view of the scale of a second moment in codes; None without codes.
+    state_format: the format of the state.
     """
 
     parameter: torch.nn.Parameter
@@ -81,14 +86,11 @@ class ParameterShard(NamedTuple):
     start: int
     end: int
     weight: torch.Tensor
-    planes: Mapping[str, torch.Tensor]
+    planes: Mapping[str, Plane]
     high: torch.Tensor | None
     step: torch.Tensor
-
-    @property
-    def state_format(self) -> StateFormat:
-        """The format of the state."""
-        return "bf16" if self.planes["exp_avg"].dtype == torch.bfloat16 else "fp32"
+    scale: torch.Tensor | None
+    state_format: StateFormat
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -101,20 +103,23 @@ class ParameterShard(NamedTuple):
 
 
 def decoded(
-    planes: Mapping[str, torch.Tensor], high: torch.Tensor | None
+    planes: Mapping[str, Plane], high: torch.Tensor | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the planes of a state in float32, by torch's keys: views, or copies if converted.
+    """Yield the planes of a state in float32: views, or copies if converted.
+
+    The keys are torch's, but for a second moment in codes, which must still be scaled.
 
     Args:
-        planes: of one length, by torch's keys.
+        planes: of one length, by the keys of `StatePlanes.named`.
         high: high halves of split master weights, of the same length; None if not split.
     """
     for key, plane in planes.items():
+        values = values_of(plane)
         if key == "master_remainder":
             assert high is not None
-            yield "master_weight", join(high, plane)
+            yield "master_weight", join(high, values)
         else:
-            yield key, plane.float()
+            yield key, values.float()
 
 
 def shards_of(states: Iterable[BucketState]) -> Iterator[ParameterShard]:
@@ -141,6 +146,8 @@ def shard_of(state: BucketState, position: int) -> ParameterShard:
         {key: plane[part] for key, plane in planes.items()},
         state.planes.master_weight[part] if is_split else None,
         state.step_counts[position],
+        None if state.scales is None else state.scales[position],
+        state.state_format,
     )
 
 
@@ -155,19 +162,47 @@ def _slice_of(state: BucketState, position: int) -> slice:
 
 
 def local_state(state: BucketState, position: int) -> dict[str, torch.Tensor]:
-    """Return torch's keys with views of this rank's state of one parameter.
+    """Return this rank's state of one parameter: views, by the keys of `StatePlanes.named`.
 
     With one rank, every tensor has the parameter's shape and strides. With more, it is the 1-d
     range `local_range`, which may be empty. The state of a DTensor is a DTensor that is placed as
-    the parameter, unless ranks with the same part of it divide the state. Remainders of master
-    weights are then bytes, see `placed_as`.
+    the parameter, unless ranks with the same part of it divide the state. 16-bit remainders of
+    master weights are then bytes, see `placed_as`.
+
+    A moment in codes is a `CodedTensor`.
     """
-    # With their own storages, because `torch.save` writes whole storages: here all of the plane.
-    parts = {key: with_own_storage(part) for key, part in parts_of(state, position).items()}
+    local = local_of(state.parameters[position])
+
+    def view_of(part: Plane) -> torch.Tensor:
+        if isinstance(part, CodedMoment):
+            whole = state.layout.world_size == 1
+            return CodedTensor(part, local if whole else part.codes)
+        # With its own storage, because `torch.save` writes whole storages: here all of the plane.
+        return with_own_storage(part)
+
+    parts = {key: view_of(part) for key, part in parts_of(state, position).items()}
+    placed = _placed(state, position, parts)
+    scale = {} if state.scales is None else {SCALE_KEY: state.scales[position]}
+    return {"step": state.step_counts[position], **scale, **placed}
+
+
+def coded_state(state: BucketState, position: int) -> dict[str, torch.Tensor]:
+    """Return copies of the values of moments in codes, in place of `CodedTensor` objects."""
+    coded = {k: p for k, p in parts_of(state, position).items() if isinstance(p, CodedMoment)}
+    values = {key: part.values() for key, part in coded.items()}
+    if state.layout.world_size == 1:
+        parameter = local_of(state.parameters[position])
+        values = {key: in_shape_of(part, parameter) for key, part in values.items()}
+    return _placed(state, position, values)
+
+
+def _placed(
+    state: BucketState, position: int, parts: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     parameter = state.parameters[position]
     if is_dtensor(parameter) and state.layout.world_size == 1:
-        parts = {key: placed_as(parameter, part) for key, part in parts.items()}
-    return {"step": state.step_counts[position], **parts}
+        return {key: placed_as(parameter, part) for key, part in parts.items()}
+    return parts
 
 
 def placed_as(parameter: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
@@ -178,14 +213,21 @@ def placed_as(parameter: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     return as_dtensor(to_bytes(part) if part.dtype == torch.int16 else part, parameter)
 
 
-def parts_of(state: BucketState, position: int) -> dict[str, torch.Tensor]:
-    """Return the planes' parts for `local_state`, as views of the planes."""
+def parts_of(state: BucketState, position: int) -> dict[str, Plane]:
+    """Return the planes' parts of one parameter, as views of the planes.
+
+    With one rank, tensors have the parameter's shape. Moments in codes are always flat.
+    """
     part = _slice_of(state, position)
     planes = state.planes.named(own_master=state.own_master)
+    parts = {key: plane[part] for key, plane in planes.items()}
     if state.layout.world_size > 1:
-        return {key: plane[part] for key, plane in planes.items()}
+        return parts
     parameter = local_of(state.parameters[position])
-    return {key: in_shape_of(plane[part], parameter) for key, plane in planes.items()}
+    return {
+        key: in_shape_of(part, parameter) if isinstance(part, torch.Tensor) else part
+        for key, part in parts.items()
+    }
 
 
 def state_shard(state: BucketState, position: int, local: torch.Tensor) -> StateShard:
@@ -218,6 +260,7 @@ class BoxTensor(torch.Tensor):
     """
 
     _sources: dict[tuple[int, ...], BoxSource]
+    local: torch.Tensor | None
 
     @staticmethod
     def __new__(
@@ -225,14 +268,19 @@ class BoxTensor(torch.Tensor):
         shape: Sequence[int],
         dtype: torch.dtype,
         sources: Iterable[BoxSource],
+        local: torch.Tensor | None = None,
     ) -> BoxTensor:
         """Construct a tensor from this process's boxes.
 
         At least one process must have a box, or DCP does not save the tensor.
+
+        Args:
+            local: (n,) the elements of all boxes, if they are in memory.
         """
         tensor = make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype)
         assert isinstance(tensor, BoxTensor)
         tensor._sources = {source.box.offsets: source for source in sources}
+        tensor.local = local
         return tensor
 
     def _boxes(self) -> dict[tuple[int, ...], BoxSource]:

@@ -25,7 +25,7 @@ from offload_adam.layout.state_plan import StatePlan, StatePolicy, plan_state
 from offload_adam.memory.arena import HostArena, Touch, arena_nbytes
 from offload_adam.memory.pinning import CudaRuntime, cuda_runtime
 from offload_adam.memory.planes import allocate_planes
-from offload_adam.options import OffloadPolicy
+from offload_adam.options import CODED_FORMATS, OffloadPolicy
 from offload_adam.params.bucket import (
     BucketState,
     ShardSegments,
@@ -113,8 +113,8 @@ class Storage:
             unit=item.unit,
             padded_numel=0 if item.shard is None else item.shard.padded_numel,
             num_shards=0 if item.shard is None else len(item.shard.replicas),
-            has_bf16_moments=item.has_bf16_moments,
-            splits_master=item.splits_master,
+            state_format=item.state_format,
+            is_bfloat16=item.parameter.dtype == torch.bfloat16,
         )
 
 
@@ -227,9 +227,14 @@ def _build(
         shard=shard,
         planes=allocate_planes(plan, arena, shard),
         step_counts=torch.zeros(len(items), dtype=torch.float32, device="cpu"),
+        scales=(
+            torch.zeros(len(items), dtype=torch.float64, device="cpu")
+            if bucket.state_format in CODED_FORMATS
+            else None
+        ),
         centralized=np.array([item.centralized for item in items], dtype=np.bool_),
         segments=segments,
-        places=rounding_places(items, segments) if bucket.has_bf16_moments else None,
+        places=rounding_places(items, segments) if bucket.state_format != "fp32" else None,
         counted=_is_counted(items[0], ranks, storage.policy),
         local_shard=items[0].shard,
     )

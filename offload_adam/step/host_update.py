@@ -9,7 +9,7 @@ update            after the agreement: one launch per gradient dtype; then one l
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,10 @@ from offload_adam.gradients.whole import (
     prepare_gradient,
 )
 from offload_adam.kernels import threads
+from offload_adam.kernels.codes import MOST_LOST_OCTAVES, SQ_MAX_EXPONENT, SQ_MIN_EXPONENT
 from offload_adam.kernels.formats import FloatFormat
-from offload_adam.kernels.random_keys import KEY, segment_keys
-from offload_adam.kernels.scalars import scalar_row
+from offload_adam.kernels.random_keys import KEY, SCALE, SHIFT, segment_keys
+from offload_adam.kernels.scalars import Hyperparameters, scalar_row
 from offload_adam.layout.budget import Category
 from offload_adam.layout.flat import Segment
 from offload_adam.layout.state_plan import FLOAT32_NBYTES
@@ -111,6 +112,14 @@ class HostUpdate:
     def allocate_for(self, state: BucketState, gradients: BucketGradients, *, lazy: bool) -> None:
         """Compile kernels and allocate memory for this step's sparse gradients."""
         if gradients.rows and lazy:
+            if state.scales is not None:
+                names = [state.names[position] for position in gradients.rows]
+                raise ValueError(
+                    f"Parameter {names[0]!r} has a sparse gradient and "
+                    f"state_format={state.state_format!r}, but with use_lazy=True single rows of "
+                    "8-bit codes cannot be updated. Give its group state_format='bf16' or 'fp32', "
+                    "or pass use_lazy=False."
+                )
             self._sparse.compile_kernel(
                 FloatFormat.FLOAT32, _param_format(state), **_kernel_formats(state)
             )
@@ -218,7 +227,7 @@ class HostUpdate:
         prepared = active & needs_preparation(state, gradients)
         plain = active & ~prepared
         rows, scalars = inputs.scalar_rows(state, counts, plain)
-        places = _places_at(state, counts)
+        places = _places_at(state, counts, active, inputs.hyperparameters)
         for table in gradients.tables(state, plain):
             self._launch(state, table, rows[table.positions], scalars, places, param_out)
         for segment in state.segments.select(prepared):
@@ -238,7 +247,7 @@ class HostUpdate:
 
         Args:
             rows: (num segments,) the row of `scalars` that each segment uses.
-            places: (num parameters, 5) from `_places_at`.
+            places: (num parameters, NUM_COLUMNS) from `_places_at`.
         """
         planes = state.planes
         largest, remainder = planes.max_exp_avg_sq, planes.master_remainder
@@ -256,6 +265,7 @@ class HostUpdate:
                 bits_of(planes.exp_avg_sq),
                 None if largest is None else largest.numpy(),
                 None if param_out is None else bits_of(param_out),
+                None if planes.exponents is None else planes.exponents.numpy(),
                 None if places is None else places[table.positions],
                 self._use_threads(int(table.numels.sum())),
             )
@@ -335,19 +345,49 @@ def _param_format(state: BucketState) -> FloatFormat | None:
 def _kernel_formats(state: BucketState) -> dict[str, Any]:
     """Return the arguments of `compile_kernel` for the format of the state."""
     return {
-        "moment_format": FORMATS[state.planes.exp_avg.dtype],
+        "state_format": state.state_format,
         "split_master": state.planes.master_remainder is not None,
     }
 
 
-def _places_at(state: BucketState, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64] | None:
-    """Return a copy of `BucketState.places` with the keys of this step, None for fp32 state.
+def _places_at(
+    state: BucketState,
+    counts: npt.NDArray[np.int64],
+    active: npt.NDArray[np.bool_],
+    hyperparameters: Sequence[Hyperparameters],
+) -> npt.NDArray[np.int64] | None:
+    """Return a copy of `BucketState.places` for this step, None for fp32 state.
+
+    It advances the scales of active parameters.
 
     Args:
         counts: (num parameters,) int64 step counts, including this step.
+        active: (num parameters,) bool.
+        hyperparameters: indexed by `BucketState.groups`.
     """
     if state.places is None:
         return None
     places = state.places.copy()
     places[:, KEY] = segment_keys(places[:, KEY].view(np.uint64), counts)
+    if state.scales is not None:
+        beta2 = np.array([hyper.beta2 for hyper in hyperparameters])[state.groups[active]]
+        scales = state.scales.numpy()
+        scales[active], places[active, SHIFT] = _decayed(scales[active], beta2)
+        places[:, SCALE] = scales.astype(np.float32).view(np.int32)
     return places
+
+
+def _decayed(
+    scales: npt.NDArray[np.float64], beta2: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int32]]:
+    """Return scales after one decay, in [1, 2), and by which powers of 2 they were multiplied.
+
+    Args:
+        scales: (n,) 0 before the first update.
+        beta2: (n,)
+    """
+    # At the first update, the stored codes must count as 0. This power leaves nothing of any code.
+    lowest = 2.0 ** -(SQ_MAX_EXPONENT - SQ_MIN_EXPONENT + MOST_LOST_OCTAVES)
+    decayed = np.where(scales == 0, lowest, scales * np.maximum(beta2, lowest))
+    mantissas, exponents = np.frexp(decayed)  # mantissas in [0.5, 1)
+    return 2 * mantissas, 1 - exponents

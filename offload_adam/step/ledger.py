@@ -28,10 +28,7 @@ def bucket_entries(state: BucketState) -> Iterator[LedgerEntry]:
     """Yield the allocations of one bucket: its parameters and this rank's planes of state."""
     index = state.layout.index
     yield LedgerEntry(Category.PARAMETERS, index, str(state.device), state.flat.nbytes)
-    planes = state.planes.named(own_master=state.own_master)
-    # `named` omits the copy of a parameter that is the high half of a split master weight.
-    if not state.own_master:
-        planes["master_weight"] = state.planes.master_weight
+    planes = state.planes.allocated(own_master=state.own_master)
     if state.planes.gradient_shard is not None:
         planes[Category.GRADIENT_SHARDS] = state.planes.gradient_shard
     for category, plane in planes.items():

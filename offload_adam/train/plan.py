@@ -82,8 +82,8 @@ def sharded_inputs(
                     bucket_key_of(parameter),
                     unit=f"{unit}, {'whole' if dim is None else 'split'}",
                     num_shards=sizes.replicate,
-                    has_bf16_moments=follows_state_format(parameter),
-                    splits_master=_splits_master(parameter),
+                    is_bfloat16=parameter.dtype == torch.bfloat16,
+                    follows_state_format=follows_state_format(parameter),
                 )
             )
     root = gathered.pop(-1, 0)
@@ -110,16 +110,11 @@ def specs_of(model: nn.Module) -> list[ParameterSpec]:
             p.numel(),
             p.element_size(),
             bucket_key_of(p),
-            has_bf16_moments=follows_state_format(p),
-            splits_master=_splits_master(p),
+            is_bfloat16=p.dtype == torch.bfloat16,
+            follows_state_format=follows_state_format(p),
         )
         for i, p in enumerate(trainable)
     ]
-
-
-def _splits_master(parameter: torch.Tensor) -> bool:
-    """Return whether a run with state_format="bf16" splits the parameter's master weight."""
-    return follows_state_format(parameter) and parameter.dtype == torch.bfloat16
 
 
 def training_of_job(job: Job) -> Training:

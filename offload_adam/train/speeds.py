@@ -39,7 +39,7 @@ def known_speeds(training: Training) -> Machine:
     device = "cuda" if training.on_device else "cpu"
     ranks = bandwidth_cache.ranks_like(training.world_size, training.local_world_size, device)
     return Machine(
-        host_gb_per_s=known.step if training.state_format == "fp32" else known.step_bf16,
+        host_gb_per_s=known.step_in(training.state_format),
         bus_gb_per_s=known.bus,
         network=known.network.get(ranks),
         sources=dict.fromkeys(("update", "bus", "network"), Source.KEPT),

@@ -33,7 +33,6 @@ from offload_adam.bench.planes import Planes, fill_with_noise
 from offload_adam.bench.report import comparison_table, heading
 from offload_adam.bench.step import (
     CLIPPED,
-    OURS_BYTES_PER_PARAM,
     SCALED,
     StepTensors,
     clip_divisor,
@@ -41,6 +40,7 @@ from offload_adam.bench.step import (
     step_tensors,
     torch_steps,
 )
+from offload_adam.doctor.bandwidth import step_nbytes_per_element
 from offload_adam.kernels.probe import STREAM_NBYTES, pass_over
 from offload_adam.torch_private import fused_adamw
 from tests.bench.command import DisturbedError, run, undisturbed
@@ -136,7 +136,7 @@ def measure_limit(
     else:
         optimizer = offload_adam(ordinary, num_threads)
         contenders = [
-            Contender(OURS, optimizer.step, OURS_BYTES_PER_PARAM["fp32"]),
+            Contender(OURS, optimizer.step, step_nbytes_per_element("fp32")),
             *torch_steps(ordinary),
             blocked_step("torch_fused_blocked", ordinary),
             *torch_steps(huge, "_huge_pages"),
@@ -244,7 +244,7 @@ def blocked_step(name: str, tensors: StepTensors, block_numel: int = 1 << 20) ->
             )
             parameter.copy_(master)
 
-    return Contender(name, run, OURS_BYTES_PER_PARAM["fp32"])
+    return Contender(name, run, step_nbytes_per_element("fp32"))
 
 
 def with_torch_fused(results: Sequence[Result]) -> list[Result]:

@@ -1,9 +1,16 @@
-"""`state_format="bf16"`: the same bits on any ranks and under any sharding, after a resume too."""
+"""State in low precision: the same bits on any ranks and under any sharding, after a resume too.
+
+State in 8-bit codes has the same bits if the same elements share blocks of 128.
+"""
 
 from __future__ import annotations
 
 import copy
 import io
+import logging
+import re
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +28,15 @@ from torch.distributed.checkpoint.state_dict import (
 from offload_adam import CheckpointError, begin_checkpoint, load_checkpoint, save_checkpoint
 from offload_adam.checkpoint.dcp import OptimizerState
 from offload_adam.fsdp_private import is_dtensor, local_of, placement_of
+from offload_adam.memory.codes import values_of as values_of_plane
+from offload_adam.state.state_shard import shard_of
 from tests.support.ranks import RankPool
 from tests.support.reference import Outcome, outcome_of
 from tests.support.state_format import (
     LAYOUTS,
     NUM_BEFORE,
     NUM_STEPS,
+    Net,
     Values,
     differences,
     gradients_at,
@@ -37,55 +47,89 @@ from tests.support.state_format import (
 )
 
 
-@pytest.fixture(scope="module")
-def expected() -> Values:
+@dataclass(frozen=True)
+class Case:
+    """A state format, and whether rows have whole blocks."""
+
+    state_format: str = "bf16"
+    aligned: bool = False
+
+    def make(self, layout: str, seed: int = 0, **options: Any) -> tuple[Net, Any]:
+        return make(layout, seed, state_format=self.state_format, aligned=self.aligned, **options)
+
+    def __str__(self) -> str:
+        return f"{self.state_format}{' aligned' if self.aligned else ''}"
+
+
+BF16 = Case()
+MIXED, MIXED_ALIGNED = Case("mixed"), Case("mixed", aligned=True)
+INT8, INT8_ALIGNED = Case("int8"), Case("int8", aligned=True)
+
+
+@cache
+def expected_of(case: Case) -> Values:
     """Return the outcome of the whole run in one process, without sharding."""
-    net, optimizer = make("plain 1")
+    net, optimizer = case.make("plain 1")
     train(net, optimizer, 0, NUM_STEPS)
-    assert optimizer.state[net.first.weight]["exp_avg_sq"].dtype == torch.bfloat16
+    assert optimizer._alive().bucket_and_position(0)[0].state_format == case.state_format
     assert optimizer.state[net.second.weight]["step"] == NUM_STEPS - 1
     return values_of(net, optimizer)
 
 
-def run_layout(rank: int, world_size: int, layout: str) -> tuple[Values, list[str]]:
+def run_layout(rank: int, world_size: int, layout: str, case: Case) -> tuple[Values, list[str]]:
     """Train under a layout; return the outcome, and state whose dtype or placement is wrong."""
-    net, optimizer = make(layout)
+    net, optimizer = case.make(layout)
     train(net, optimizer, 0, NUM_STEPS)
     wrong = []
     for name, parameter in net.named_parameters():
         for key, value in optimizer.state[parameter].items():
-            is_low = parameter.dim() > 1 or name == "first.bias"
+            is_low = parameter.dim() > 1 or (name == "first.bias" and not case.aligned)
+            remainder = torch.uint8 if is_dtensor(value) else torch.int16
             dtype = {
                 "step": torch.float32,
+                "exp_avg_sq_scale": torch.float64,
                 "master_weight": torch.float32,
-                "master_remainder": torch.uint8 if is_dtensor(value) else torch.int16,
+                "master_remainder": remainder if case.state_format == "bf16" else torch.int8,
             }.get(key, torch.bfloat16 if is_low else torch.float32)
             # Under HSDP, replicas divide the state further, so it has no placement of torch.
             is_placed = layout == "hsdp 4" or placement_of(value) == placement_of(parameter)
-            if value.dtype != dtype or not (is_placed or key == "step"):
+            if value.dtype != dtype or not (is_placed or value.dim() == 0):
                 wrong.append(f"{name} {key}")
+        # A moment in codes shows the elements of this rank.
+        shard = shard_of(*optimizer._alive().bucket_and_position(optimizer._index_of[parameter]))
+        shown = local_of(optimizer.state[parameter]["exp_avg"]).clone()
+        if not torch.equal(shown.view(-1), values_of_plane(shard.planes["exp_avg"])):
+            wrong.append(f"{name} exp_avg")
     found = values_of(net, optimizer)
     optimizer.close()
     return found, wrong
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_bits_do_not_depend_on_the_sharding(
-    ranks: RankPool, expected: Values, layout: str
-) -> None:
-    results = ranks.run(run_layout, LAYOUTS[layout].world_size, layout)
+@pytest.mark.parametrize(
+    ("layout", "case"),
+    [
+        *((layout, BF16) for layout in LAYOUTS),
+        *(("plain 3", case) for case in (MIXED, INT8)),
+        *(("fsdp 4", case) for case in (MIXED_ALIGNED, INT8_ALIGNED)),
+        ("hsdp 4", INT8_ALIGNED),
+    ],
+    ids=str,
+)
+def test_the_bits_do_not_depend_on_the_sharding(ranks: RankPool, layout: str, case: Case) -> None:
+    expected = expected_of(case)
+    results = ranks.run(run_layout, LAYOUTS[layout].world_size, layout, case)
     assert differences(results[0][0], expected) == []
     for found, wrong in results:
         assert wrong == []
         assert differences(found | expected, expected | found) == []  # the parameters
 
 
-def run_reduced(rank: int, world_size: int, layout: str, streams: bool) -> Values:
+def run_reduced(rank: int, world_size: int, layout: str, streams: bool, case: Case) -> Values:
     """Let the optimizer or FSDP2 average gradients that differ between the ranks."""
     options: dict[str, Any] = {"overlap": True} if streams else {}
     if layout.startswith("plain"):
         options["gradient_reduction"] = "optimizer"
-    net, optimizer = make(layout, streams=streams, **options)
+    net, optimizer = case.make(layout, streams=streams, **options)
     # The factors of all ranks add up to the number of ranks.
     factors = [1 - 2 * rank for rank in range(world_size - 1)]
     factors.append(world_size - sum(factors))
@@ -99,23 +143,29 @@ def run_reduced(rank: int, world_size: int, layout: str, streams: bool) -> Value
 
 
 @pytest.mark.parametrize(
-    ("layout", "streams"),
+    ("layout", "streams", "case"),
     [
-        *(("plain 2", streams) for streams in (False, True)),
-        *(("plain 3", streams) for streams in (False, True)),
-        ("fsdp 2", True),
+        *(("plain 2", streams, BF16) for streams in (False, True)),
+        *(("plain 3", streams, BF16) for streams in (False, True)),
+        ("fsdp 2", True, BF16),
+        ("plain 2", True, MIXED),
+        ("plain 3", False, INT8),
+        ("fsdp 2", True, INT8_ALIGNED),
     ],
+    ids=str,
 )
 def test_averaged_gradients_give_the_same_bits(
-    ranks: RankPool, expected: Values, layout: str, streams: bool
+    ranks: RankPool, layout: str, streams: bool, case: Case
 ) -> None:
-    found = ranks.run(run_reduced, LAYOUTS[layout].world_size, layout, streams)[0]
-    assert differences(found, expected) == []
+    found = ranks.run(run_reduced, LAYOUTS[layout].world_size, layout, streams, case)[0]
+    assert differences(found, expected_of(case)) == []
 
 
-def begin(rank: int, world_size: int, layout: str, folder: str, how: str) -> tuple[Any, Values]:
+def begin(
+    rank: int, world_size: int, layout: str, folder: str, how: str, case: Case
+) -> tuple[Any, Values]:
     """Train, save by `how`, and continue; return what a load needs besides the folder."""
-    net, optimizer = make(layout)
+    net, optimizer = case.make(layout)
     train(net, optimizer, 0, NUM_BEFORE)
     passed: Any = None
     if how == "checkpoint":
@@ -143,10 +193,10 @@ def begin(rank: int, world_size: int, layout: str, folder: str, how: str) -> tup
 
 
 def resume(
-    rank: int, world_size: int, layout: str, folder: str, how: str, passed: list[Any]
+    rank: int, world_size: int, layout: str, folder: str, how: str, passed: list[Any], case: Case
 ) -> Values:
     """Load into a model that has other weights and state, and take the rest of the steps."""
-    net, optimizer = make(layout, seed=1 + rank)
+    net, optimizer = case.make(layout, seed=1 + rank)
     train(net, optimizer, 7, 8)
     if how in ("checkpoint", "background"):
         load_checkpoint(folder, model=net, optimizer=optimizer)
@@ -173,39 +223,122 @@ def resume(
 
 
 @pytest.mark.parametrize(
-    ("how", "saving", "loading"),
+    ("how", "saving", "loading", "case"),
     [
-        ("checkpoint", "plain 2", ["plain 1", "plain 3", "fsdp 2"]),
-        ("checkpoint", "fsdp 2", ["plain 1", "columns 2"]),
-        ("checkpoint", "plain 1", ["fsdp 2", "tp 2"]),
-        ("checkpoint", "grid 4", ["plain 1", "hsdp 4"]),
-        ("background", "plain 2", ["plain 1"]),
-        ("background", "fsdp 2", ["fsdp 1"]),
-        ("dcp", "plain 2", ["plain 3", "plain 1"]),
-        ("dcp", "grid 4", ["fsdp 2", "plain 1"]),
-        ("torch", "plain 2", ["plain 3"]),
-        ("torch", "fsdp 2", ["fsdp 1", "fsdp 4"]),
-        ("full", "plain 2", ["plain 1"]),
-        ("full", "fsdp 2", ["plain 1"]),
-        ("own", "plain 2", ["plain 2"]),
-        ("own", "fsdp 2", ["fsdp 2"]),
+        ("checkpoint", "plain 2", ["plain 1", "plain 3", "fsdp 2"], BF16),
+        ("checkpoint", "fsdp 2", ["plain 1", "columns 2"], BF16),
+        ("checkpoint", "plain 1", ["fsdp 2", "tp 2"], BF16),
+        ("checkpoint", "grid 4", ["plain 1", "hsdp 4"], BF16),
+        ("background", "plain 2", ["plain 1"], BF16),
+        ("background", "fsdp 2", ["fsdp 1"], BF16),
+        ("dcp", "plain 2", ["plain 3", "plain 1"], BF16),
+        ("dcp", "grid 4", ["fsdp 2", "plain 1"], BF16),
+        ("torch", "plain 2", ["plain 3"], BF16),
+        ("torch", "fsdp 2", ["fsdp 1", "fsdp 4"], BF16),
+        ("full", "plain 2", ["plain 1"], BF16),
+        ("full", "fsdp 2", ["plain 1"], BF16),
+        ("own", "plain 2", ["plain 2"], BF16),
+        ("own", "fsdp 2", ["fsdp 2"], BF16),
+        ("checkpoint", "plain 2", ["plain 1", "plain 3"], MIXED),
+        ("checkpoint", "plain 3", ["plain 2"], INT8),
+        ("checkpoint", "fsdp 2", ["plain 1", "hsdp 4"], INT8_ALIGNED),
+        ("background", "plain 2", ["plain 1"], INT8),
+        ("dcp", "plain 2", ["plain 3"], INT8),
+        ("dcp", "fsdp 2", ["plain 1"], MIXED_ALIGNED),
+        ("torch", "plain 2", ["plain 3"], INT8),
+        ("torch", "fsdp 2", ["fsdp 4"], INT8_ALIGNED),
+        ("full", "plain 2", ["plain 1"], INT8),
+        ("full", "fsdp 2", ["plain 1"], MIXED_ALIGNED),
+        ("own", "plain 2", ["plain 2"], INT8),
     ],
+    ids=str,
 )
 def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(
-    ranks: RankPool, expected: Values, tmp_path: Path, how: str, saving: str, loading: list[str]
+    ranks: RankPool, tmp_path: Path, how: str, saving: str, loading: list[str], case: Case
 ) -> None:
+    expected = expected_of(case)
     folder = str(tmp_path / "saved")
-    saved = ranks.run(begin, LAYOUTS[saving].world_size, saving, folder, how)
+    saved = ranks.run(begin, LAYOUTS[saving].world_size, saving, folder, how, case)
     assert differences(saved[0][1], expected) == []  # the save has changed nothing
     passed = [each[0] for each in saved]
     for layout in loading:
-        found = ranks.run(resume, LAYOUTS[layout].world_size, layout, folder, how, passed)[0]
+        found = ranks.run(resume, LAYOUTS[layout].world_size, layout, folder, how, passed, case)[0]
         assert differences(found, expected) == [], layout
 
 
-def rewind(rank: int, world_size: int, layout: str) -> tuple[list[str], Values]:
+@pytest.mark.parametrize(
+    ("how", "layout", "case"),
+    [
+        ("checkpoint", "fsdp 2", INT8),
+        ("checkpoint", "grid 4", INT8),
+        ("own", "columns 2", MIXED),
+        ("torch", "tp 2", INT8),
+    ],
+    ids=str,
+)
+def test_codes_resume_with_all_bits_on_the_same_mesh(
+    ranks: RankPool, tmp_path: Path, how: str, layout: str, case: Case
+) -> None:
+    """The ranks divide rows and columns, so that blocks are not those of the whole parameter."""
+    folder, world_size = str(tmp_path / "saved"), LAYOUTS[layout].world_size
+    saved = ranks.run(begin, world_size, layout, folder, how, case)
+    passed = [each[0] for each in saved]
+    found = ranks.run(resume, world_size, layout, folder, how, passed, case)[0]
+    assert differences(found, saved[0][1]) == []
+    assert differences(found, expected_of(case)) != []
+
+
+def load_elsewhere(rank: int, world_size: int, layout: str, folder: str) -> tuple[Values, str]:
+    """Load a checkpoint of codes under another mesh; return the values, and what was logged."""
+    net, optimizer = INT8.make(layout, seed=1)
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    log = logging.getLogger("offload_adam")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    load_checkpoint(folder, model=net, optimizer=optimizer)
+    log.removeHandler(handler)
+    found = values_of(net, optimizer)
+    optimizer.close()
+    return found, stream.getvalue()
+
+
+def spread_rows(gradients: Values) -> None:
+    """Let the rows of the table differ in scale, so that its blocks have different exponents."""
+    gradients["table.weight"] *= 2.0 ** (torch.arange(137) % 20).unsqueeze(1)
+
+
+def save_here(rank: int, world_size: int, layout: str, folder: str) -> Values:
+    net, optimizer = INT8.make(layout)
+    train(net, optimizer, 0, NUM_BEFORE, spread_rows)
+    save_checkpoint(folder, model=net, optimizer=optimizer)
+    found = values_of(net, optimizer)
+    optimizer.close()
+    return found
+
+
+def test_codes_are_rounded_once_on_another_mesh(ranks: RankPool, tmp_path: Path) -> None:
+    folder = str(tmp_path / "saved")
+    exact = ranks.run(save_here, 2, "fsdp 2", folder)[0]
+    found, logged = ranks.run(load_elsewhere, 2, "columns 2", folder)[0]
+    again, silent = ranks.run(load_elsewhere, 2, "fsdp 2", folder)[0]
+    assert differences(again, exact) == []
+    assert silent == ""
+    assert re.fullmatch(r"Rounded \d+ moment\(s\) in 8-bit codes once more, .*\n", logged)
+    assert differences(found, exact) == ["table.weight exp_avg", "table.weight exp_avg_sq"]
+    one, other = (values["table.weight exp_avg"] for values in (found, exact))
+    assert ((one - other).abs() <= other.abs() / 32 + other.abs().max() / 4080).all()
+    # A second moment is exact, unless it is too small for its new block.
+    one, other = (values["table.weight exp_avg_sq"] for values in (found, exact))
+    is_same = one == other
+    assert is_same.float().mean() > 0.9
+    assert (one[~is_same] > other[~is_same]).all()
+    assert (one[~is_same] < one.max() * 2**-30).all()
+
+
+def rewind(rank: int, world_size: int, layout: str, case: Case) -> tuple[list[str], Values]:
     """Load a copy of an earlier state on the same ranks; return its classes, and the outcome."""
-    net, optimizer = make(layout)
+    net, optimizer = case.make(layout)
     train(net, optimizer, 0, NUM_BEFORE)
     weights, state = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
     classes = {type(entry["exp_avg"]).__name__ for entry in state["state"].values()}
@@ -219,21 +352,28 @@ def rewind(rank: int, world_size: int, layout: str) -> tuple[list[str], Values]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "expected_class"), [("plain 3", "StateShard"), ("hsdp 4", "DTensor")]
+    ("layout", "expected_class", "case"),
+    [
+        ("plain 3", "StateShard", BF16),
+        ("hsdp 4", "DTensor", BF16),
+        ("plain 3", "StateShard", INT8),
+        ("hsdp 4", "DTensor", INT8_ALIGNED),
+    ],
+    ids=str,
 )
 def test_a_state_dict_loads_on_the_same_ranks(
-    ranks: RankPool, expected: Values, layout: str, expected_class: str
+    ranks: RankPool, layout: str, expected_class: str, case: Case
 ) -> None:
-    classes, found = ranks.run(rewind, LAYOUTS[layout].world_size, layout)[0]
+    classes, found = ranks.run(rewind, LAYOUTS[layout].world_size, layout, case)[0]
     assert classes == [expected_class]
-    assert differences(found, expected) == []
+    assert differences(found, expected_of(case)) == []
 
 
-def round_trip(rank: int, world_size: int, options: StateDictOptions) -> Values:
+def round_trip(rank: int, world_size: int, options: StateDictOptions, case: Case) -> Values:
     """Load a state by torch's functions into another optimizer, and continue."""
-    net, optimizer = make("fsdp 2")
+    net, optimizer = case.make("fsdp 2")
     train(net, optimizer, 0, NUM_BEFORE)
-    other, second = make("fsdp 2", seed=1)
+    other, second = case.make("fsdp 2", seed=1)
     train(other, second, 7, 8)
     saved = get_optimizer_state_dict(net, optimizer, options=options)
     with torch.no_grad():
@@ -258,11 +398,12 @@ def round_trip(rank: int, world_size: int, options: StateDictOptions) -> Values:
     ],
     ids=["sharded", "flat", "full"],
 )
+@pytest.mark.parametrize("case", [BF16, INT8_ALIGNED], ids=str)
 def test_torchs_state_dict_functions_keep_all_bits(
-    ranks: RankPool, expected: Values, options: StateDictOptions
+    ranks: RankPool, options: StateDictOptions, case: Case
 ) -> None:
-    found = ranks.run(round_trip, 2, options)[0]
-    assert differences(found, expected) == []
+    found = ranks.run(round_trip, 2, options, case)[0]
+    assert differences(found, expected_of(case)) == []
 
 
 def convert(rank: int, world_size: int, layout: str, folder: str) -> dict[str, Values]:

@@ -44,10 +44,11 @@ def test_every_option_gives_the_bits_of_the_cpu(
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("pin", ["all", "staging"])
-def test_bf16_state_has_the_bits_of_the_cpu(overlap: bool, pin: str) -> None:
+@pytest.mark.parametrize("state_format", ["bf16", "mixed", "int8"])
+def test_low_precision_has_the_bits_of_the_cpu(overlap: bool, pin: str, state_format: str) -> None:
     results = []
     for device, overlaps in (("cpu", False), ("cuda", overlap)):
-        model, optimizer = make(device, overlap=overlaps, state_format="bf16", pin=pin)
+        model, optimizer = make(device, overlap=overlaps, state_format=state_format, pin=pin)
         train(model, optimizer, range(NUM_STEPS), device)
         results.append(bits(model, optimizer))
         optimizer.close()

@@ -32,6 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "drop-in": {},
     "streaming": {},
     "streaming, summed on the host": {"accumulate": "host"},
+    "drop-in, int8": {"state_format": "int8"},
 }
 
 
@@ -270,6 +271,16 @@ def train_and_save(
     options = {"callbacks": [save_every_epoch(folder)], "enable_checkpointing": True}
     close(fit(module, strategy, resume=resume, max_epochs=epochs, **options))
     return Run(module)
+
+
+def test_state_in_codes_is_resumed_with_all_bits(ranks: RankPool, tmp_path: Path) -> None:
+    run = ("drop-in, int8", OffloadAdamStrategy())
+    expected = on_ranks(ranks, train_and_save, 2, *run, tmp_path / "whole", 2)[0]
+    on_ranks(ranks, train_and_save, 2, *run, tmp_path / "parts", 1)
+    resumed = on_ranks(ranks, train_and_save, 2, *run, tmp_path / "parts", 2)[0]
+    assert resumed["losses"] == expected["losses"][3:]
+    for name, weight in expected["weights"].items():
+        assert torch.equal(resumed["weights"][name], weight), name
 
 
 def files_in(folder: Path) -> list[str]:

@@ -57,7 +57,7 @@ def test_a_run_equals_torch_and_resumes_to_the_same_bits(name: str, tmp_path: Pa
     assert_equal(resumed.state, ours.state)
 
 
-@pytest.mark.parametrize("state_format", ["fp32", "bf16"])
+@pytest.mark.parametrize("state_format", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("callback", [True, False])
 def test_bf16_weights_and_dropout_resume_to_the_same_bits(
     tmp_path: Path, state_format: str, callback: bool

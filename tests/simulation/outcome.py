@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from offload_adam.memory.codes import values_of
 from offload_adam.step.step import ShardedAdam
 
 
@@ -75,5 +76,5 @@ def state_of(core: ShardedAdam) -> dict[StateKey, torch.Tensor]:
                 if name == "step":
                     place, numel = segment.position, 1
                 key = StateKey(index, name, 0 if name == "step" else segment.parameter_start)
-                found[key] = plane[place : place + numel].clone()
+                found[key] = values_of(plane[place : place + numel]).clone()
     return found

@@ -251,9 +251,7 @@ class Simulation:
         """Record that the host writes to state in host memory; the values stay the same."""
         for state in buckets:
             if state.plan.location.is_host:
-                planes = state.planes.named(own_master=state.own_master)
-                if not state.own_master:
-                    planes["master_weight"] = state.planes.master_weight
+                planes = state.planes.allocated(own_master=state.own_master)
                 name = f"a load into bucket {state.layout.index}"
                 self.machine.touch(name, writes=planes.values())
 

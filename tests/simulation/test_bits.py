@@ -29,6 +29,7 @@ PLACES = list(product(("fp32", "bf16", "mixed"), ("all", "staging", "none"), (1,
 STAGING: Kind = (Operation.UPDATE, Operation.COPY_H2D)
 REDUCTION: Kind = (Operation.PACK, Operation.COPY_D2H)
 LOW_PRECISION: dict[str, Any] = {"state_format": "bf16", "offload_fraction": 1.0}
+CODES: dict[str, Any] = LOW_PRECISION | {"state_format": "int8"}
 OTHER_OPTIONS: dict[str, dict[str, Any]] = {
     "fp16": {"dtype": "fp16"},
     "host": {"on_device": False},
@@ -43,6 +44,9 @@ OTHER_OPTIONS: dict[str, dict[str, Any]] = {
     "low precision, host": LOW_PRECISION | {"on_device": False},
     "low precision, sequential": LOW_PRECISION | {"overlaps": False},
     "low precision, HSDP": LOW_PRECISION | {"sharding": "HSDP", "world_size": 2},
+    "codes": CODES | {"world_size": 2},
+    "codes, staging": CODES | {"pin": "staging", "state_format": "mixed"},
+    "codes, HSDP": CODES | {"sharding": "HSDP", "world_size": 2},
 }
 
 

@@ -37,14 +37,20 @@ class Layer(nn.Linear):
 
 
 class Net(nn.Module):
-    """Layers in bf16 and fp32, whose sizes are not multiples of 128 elements or of the ranks."""
+    """Layers in bf16 and fp32.
 
-    def __init__(self) -> None:
+    Args:
+        aligned: rows have whole blocks of 128 elements, so ranks that divide rows do not divide
+            blocks. Otherwise no size is a multiple of 128 elements or of the ranks.
+    """
+
+    def __init__(self, *, aligned: bool = False) -> None:
         super().__init__()
-        self.first = Layer(21, 37, dtype=torch.bfloat16)
-        self.second = Layer(37, 21, dtype=torch.bfloat16)
-        self.exact = Layer(13, 29, dtype=torch.float32)
-        self.table = Layer(6, 137, bias=False, dtype=torch.bfloat16)
+        widths = (128, 256, 128, 128) if aligned else (21, 37, 13, 6)
+        self.first = Layer(widths[0], 37, dtype=torch.bfloat16)
+        self.second = Layer(widths[1], 21, dtype=torch.bfloat16)
+        self.exact = Layer(widths[2], 29, dtype=torch.float32)
+        self.table = Layer(widths[3], 137, bias=False, dtype=torch.bfloat16)
 
     def forward(self, gradients: Values) -> torch.Tensor:
         """Return the loss; it does not depend on parameters without a gradient."""
@@ -127,6 +133,7 @@ def make(
     seed: int = 0,
     *,
     state_format: str = "bf16",
+    aligned: bool = False,
     streams: bool = False,
     kind: Any = OffloadAdamW,
     **options: Any,
@@ -134,21 +141,22 @@ def make(
     """Return a model under a layout, and its optimizer.
 
     Args:
-        state_format: format of matrices and of the first layer's bias. Other biases have fp32
-            state.
+        state_format: format of matrices, and of the first layer's bias unless `aligned`. Other
+            biases have fp32 state.
+        aligned: see `Net`.
         streams: move gradients during backward.
         kind: class of the optimizer.
         options: further arguments of the optimizer.
     """
     torch.manual_seed(seed)
-    net = Net()
+    net = Net(aligned=aligned)
     LAYOUTS[layout].shard(net)
     named = list(net.named_parameters())
     groups: list[dict[str, Any]] = [
         {"params": [each for each in named if each[0] != "first.bias"]},
         {
             "params": [each for each in named if each[0] == "first.bias"],
-            "state_format": state_format,
+            "state_format": "fp32" if aligned else state_format,
         },
     ]
     if layout in ("tp 2", "grid 4"):
@@ -183,10 +191,21 @@ def gradients_at(net: Net, step: int, scale: float = 1.0) -> Values:
     return found
 
 
-def train(net: Net, optimizer: Any, start: int, end: int) -> None:
-    """Run steps [start, end) without backward; every rank has the same gradients."""
+def train(
+    net: Net,
+    optimizer: Any,
+    start: int,
+    end: int,
+    change: Callable[[Values], object] = lambda gradients: None,
+) -> None:
+    """Run steps [start, end) without backward; every rank has the same gradients.
+
+    Args:
+        change: modifies the gradients of each step.
+    """
     for step in range(start, end):
         gradients = gradients_at(net, step)
+        change(gradients)
         for name, parameter in net.named_parameters():
             gradient = gradients.get(name)
             if gradient is not None and isinstance(parameter, DTensor):

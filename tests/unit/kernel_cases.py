@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from offload_adam.kernels import adam, threads
 from offload_adam.kernels.formats import FloatFormat
+from offload_adam.kernels.random_keys import NUM_COLUMNS
 from offload_adam.kernels.scalars import Hyperparameters, scalar_row
 from tests.support.kernel_reference import Float64Array, ReferenceState, carry
 
@@ -60,7 +61,8 @@ MODES = {
 class HostState:
     """The flat arrays that the kernel updates in place, over all parameters of a shard.
 
-    They are float32; or the moments are bfloat16 (uint16), and the master may be split.
+    They are float32; or the moments are bfloat16 (uint16) or codes (uint8), and the master may be
+    split. With codes there are exponents.
     """
 
     master: npt.NDArray[Any]
@@ -69,6 +71,7 @@ class HostState:
     max_exp_avg_sq: npt.NDArray[np.float32] | None = None
     param_out: CarriedArray | None = None
     remainder: npt.NDArray[Any] | None = None
+    exponents: npt.NDArray[np.uint8] | None = None
 
     def copied(self, offset: int = 0) -> HostState:
         """Return a copy whose arrays begin `offset` elements into their buffers."""
@@ -80,6 +83,7 @@ class HostState:
             None if largest is None else displaced(largest, offset),
             None if param_out is None else displaced(param_out, offset),
             None if remainder is None else displaced(remainder, offset),
+            None if self.exponents is None else self.exponents.copy(),
         )
 
     def bits(self) -> bytes:
@@ -140,22 +144,24 @@ def low_precision_state(
 class Segment:
     """A run of gradient elements, where it lies in the shard, and its row of scalars.
 
-    place: its row of `places` for bfloat16 moments. By default the whole shard is one parameter.
+    place: its row of `places` for low-precision moments, without the columns at its end that are 0.
+        By default the whole shard is one parameter.
     """
 
     gradient: CarriedArray
     start: int
     row: int = 0
-    place: tuple[int, int, int, int, int] | None = None
+    place: tuple[int, ...] | None = None
 
     @property
     def end(self) -> int:
         """Return the offset behind the last element."""
         return self.start + self.gradient.size
 
-    def place_in_parameter(self) -> tuple[int, int, int, int, int]:
-        """Return `place`, or its default."""
-        return self.place or (KEY, 0, 1 << 40, 1 << 40, self.start)
+    def place_in_parameter(self) -> tuple[int, ...]:
+        """Return `place`, or its default, with all columns."""
+        place = self.place or (KEY, 0, 1 << 40, 1 << 40, self.start)
+        return place + (0,) * (NUM_COLUMNS - len(place))
 
 
 def random_segments(
@@ -205,6 +211,7 @@ def run_update(
         state.exp_avg_sq,
         state.max_exp_avg_sq,
         state.param_out,
+        state.exponents,
         places_of(state, segments),
         num_pieces,
     )
@@ -215,7 +222,7 @@ def places_of(state: HostState, segments: Sequence[Segment]) -> npt.NDArray[np.i
     if state.exp_avg.dtype == np.float32:
         return None
     places = [segment.place_in_parameter() for segment in segments]
-    return np.array(places, dtype=np.int64).reshape(-1, 5)
+    return np.array(places, dtype=np.int64).reshape(-1, NUM_COLUMNS)
 
 
 def rows(*updates: tuple[Hyperparameters, int, float]) -> npt.NDArray[np.float32]:

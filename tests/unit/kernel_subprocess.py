@@ -46,6 +46,6 @@ def run_one_update():
     adam.compile_kernel(FloatFormat.FLOAT32, None, False)
     adam.update(FloatFormat.FLOAT32, np.array([gradient.ctypes.data]), np.array([0]),
                   np.array([0, 256]), np.array([0]), scalar_row(hyper, 1, 1.0)[None],
-                  weight, None, exp_avg, exp_avg_sq, None, None, None, 2)
+                  weight, None, exp_avg, exp_avg_sq, None, None, None, None, 2)
 """
 """Defines `run_one_update`, after which `weight` is -0.1 everywhere."""

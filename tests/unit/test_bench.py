@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,10 +33,11 @@ from offload_adam.bench.harness import (
 )
 from offload_adam.bench.peers import available_peers
 from offload_adam.bench.planes import make_planes
-from offload_adam.bench.report import machine_line, table
+from offload_adam.bench.report import comparison, machine_line, table
 from offload_adam.cli.app import app
 from offload_adam.errors import HostMemoryError
 from offload_adam.kernels.threads import allowed_cores
+from offload_adam.options import StateFormat
 from offload_adam.version import __version__
 
 
@@ -160,6 +162,42 @@ def test_a_report_has_results_and_the_machine(
     for key in ("cpu", "cores_allowed", "num_threads", "threading_layer", "versions"):
         assert report["machine"][key]
     assert set(report["definitions"]) >= {"torch_fused", "ms_median", "ratio_to_this"}
+
+
+@pytest.mark.parametrize(
+    ("state_format", "nbytes", "cell"),
+    [
+        ("fp32", 2 + 2 + 2 + 2 * (4 + 4 + 4), "30"),
+        ("bf16", 2 + 2 + 2 * (2 + 2 + 2 + 2), "20"),
+        ("mixed", 2 + 2 + 2 * (2 + 1 + 2 + 1 + 2 / 128), "16.03"),
+        ("int8", 2 + 2 + 2 * (2 + 1 + 1 + 1 + 2 / 128), "14.03"),
+    ],
+)
+def test_bench_step_reports_bytes_and_arithmetic_of_each_format(
+    state_format: StateFormat, nbytes: float, cell: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = {"fp32": 4e9, "bf16": 3e9, "mixed": 2e9, "int8": 1e9}
+    made = []
+
+    def optimizer(tensors: object, num_threads: int, stored: str) -> SimpleNamespace:
+        made.append(stored)
+        return SimpleNamespace(step=lambda: None)
+
+    monkeypatch.setattr("offload_adam.bench.peers.PEERS", {})
+    monkeypatch.setattr(step, "offload_adam", optimizer)
+    monkeypatch.setattr(step, "updates_per_s", rates.__getitem__)
+    report = step.measure_step(3000, 1, 7, state_format)
+    results = {result["name"]: result for result in report["results"]}
+    assert results["offload_adam"]["bytes_per_param"] == nbytes
+    assert ("offload_adam_fp32_state" in results) == (state_format != "fp32")
+    text = "\n".join(comparison(report))
+    row = next(line for line in text.splitlines() if line.startswith("| offload_adam "))
+    assert row.split("|")[-3].strip() == cell
+    assert f"offload_adam: one core updates {rates[state_format] / 1e9:.2f} G parameters/s" in text
+    if state_format != "fp32":
+        assert results["offload_adam_fp32_state"]["bytes_per_param"] == 30
+        assert "offload_adam_fp32_state: one core updates 4.00 G parameters/s" in text
+    assert made == list(dict.fromkeys([state_format, "fp32"]))
 
 
 def test_tables_are_aligned_and_long_cells_do_not_widen_them() -> None:

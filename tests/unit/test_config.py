@@ -369,6 +369,8 @@ def test_the_path_of_a_beta_out_of_range_has_its_index(tmp_path: Path) -> None:
         ("parallel: {}\noptimizer: {reduce_dtype: fp32}", "optimizer.reduce_dtype"),
         ("optimizer: {state_format: bf16, amsgrad: true}", "optimizer.state_format"),
         ("optimizer: {name: Adam, state_format: bf16}", "optimizer.state_format"),
+        ("optimizer: {state_format: int8, amsgrad: true}", "optimizer.state_format"),
+        ("optimizer: {name: Adam, state_format: mixed}", "optimizer.state_format"),
         (
             "optimizer: {state_format: bf16}\nmemory: {offload_fraction: 0.5}",
             "optimizer.state_format",
@@ -380,6 +382,28 @@ def test_the_path_of_a_beta_out_of_range_has_its_index(tmp_path: Path) -> None:
 )
 def test_keys_that_contradict_each_other_are_rejected(tmp_path: Path, text: str, path: str) -> None:
     assert set(mistakes(tmp_path, text)) == {path}
+
+
+@pytest.mark.parametrize(
+    ("state_format", "lazy", "is_rejected"),
+    [
+        ("bf16", "true", False),
+        ("mixed", "true", True),
+        ("int8", "true", True),
+        ("int8", "false", False),
+    ],
+)
+def test_codes_exclude_lazy_updates(
+    tmp_path: Path, state_format: str, lazy: str, is_rejected: bool
+) -> None:
+    section = f"optimizer: {{name: Adam, use_lazy: {lazy}, state_format: {state_format}}}"
+    with pytest.raises(ConfigError) as caught:  # with any of them, use_offload is missing
+        load(tmp_path, section)
+    problem = (
+        "needs optimizer.use_lazy: false, since it updates single rows, and 8-bit codes share an "
+        "exponent in blocks"
+    )
+    assert (problem in [one.problem for one in caught.value.mistakes]) == is_rejected
 
 
 def test_an_absent_section_is_commented_out_and_differs_from_an_empty_one(tmp_path: Path) -> None:

@@ -272,7 +272,7 @@ def test_joined_weights_are_the_values_of_both_halves() -> None:
 
 
 def test_the_prepared_specialisation_is_the_one_that_runs() -> None:
-    adam.compile_kernel(FloatFormat.FLOAT32, None, False, FloatFormat.BFLOAT16, True)
+    adam.compile_kernel(FloatFormat.FLOAT32, None, False, "bf16", True)
     compiled = len(adam._update_segments.overloads)
     state = low_precision_state(np.random.default_rng(0), 128, split=True)
     updated(state, np.ones(128))

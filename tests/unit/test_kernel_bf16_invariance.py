@@ -276,7 +276,7 @@ def run_rows(
 
 
 def test_the_prepared_row_specialisation_is_the_one_that_runs() -> None:
-    sparse.compile_kernel(FloatFormat.FLOAT32, None, FloatFormat.BFLOAT16, True)
+    sparse.compile_kernel(FloatFormat.FLOAT32, None, "bf16", True)
     compiled = len(sparse._update_touched.overloads)
     rng = np.random.default_rng(0)
     state = low_precision_state(rng, 40, split=True)

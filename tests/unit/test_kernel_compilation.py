@@ -16,7 +16,15 @@ import pytest
 from filelock import FileLock
 from numba.core import caching
 
-from offload_adam.kernels import adam, adam_bf16_ir, adam_plain, compilation, fold, norm
+from offload_adam.kernels import (
+    adam,
+    adam_8bit_ir,
+    adam_bf16_ir,
+    adam_plain,
+    compilation,
+    fold,
+    norm,
+)
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.kernels.intrinsics import block_sum_of_squares
 from tests.unit.kernel_subprocess import CHECKOUT, ONE_UPDATE, run_python
@@ -188,7 +196,7 @@ def assembly_of(update_range: Any, gradient_format: FloatFormat, place: tuple[An
 @pytest.mark.skipif(not has_avx2, reason="looks for AVX2's instructions")
 @pytest.mark.parametrize("gradient_format", FloatFormat)
 def test_the_update_vectorises(gradient_format: FloatFormat) -> None:
-    assembly = assembly_of(adam.update_range.py_func, gradient_format, (None, 0))
+    assembly = assembly_of(adam.update_range.py_func, gradient_format, (None, None, 0))
     assert vector_instructions(assembly, "vsqrtps") > 0
     assert vector_instructions(assembly, "vdivps") > 0
     assert vector_instructions(assembly, r"vfn?madd\d+ps") >= 5
@@ -219,6 +227,23 @@ def test_the_update_of_bfloat16_state_vectorises(is_split: bool) -> None:
     assert vector_instructions(assembly, "vdivps") >= 16
     assert vector_instructions(assembly, "vpmulld") >= 8
     # Only partial blocks call functions, to copy them; libm has none of the arithmetic.
+    assert not re.search(r"\b(fmaf?|sqrtf?)\b", assembly)
+
+
+@pytest.mark.skipif(not has_avx2, reason="looks for AVX2's instructions")
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint8])
+def test_the_update_of_8_bit_state_vectorises(dtype: type[np.generic]) -> None:
+    kernel = compilation.jit_inlined(adam_8bit_ir.update_range)
+    half, single = FloatFormat.BFLOAT16.dtype_tag(), FloatFormat.FLOAT32.dtype_tag()
+    remainder, codes = np.zeros(0, dtype=np.int8), np.zeros(0, dtype=np.uint8)
+    exponents = np.zeros((0, 2), dtype=np.uint8)
+    state = (half, remainder, np.zeros(0, dtype=dtype), codes, None, exponents)
+    compilation.compile_now(kernel, (half, *state, 0, 0, 0, 1, 1, 0, 0, single), "update")
+    (assembly,) = kernel.inspect_asm().values()
+    assert vector_instructions(assembly, "vdivps") >= 16
+    assert vector_instructions(assembly, "vpmulld") >= 16
+    # LLVM would take vectors of bytes apart if it lacked an instruction for them.
+    assert len(re.findall(r"\bvpextrb\b", assembly)) == 0
     assert not re.search(r"\b(fmaf?|sqrtf?)\b", assembly)
 
 

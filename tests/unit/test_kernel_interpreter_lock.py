@@ -48,6 +48,7 @@ def update_segments() -> None:
         None,
         None,
         None,
+        None,
         1,
     )
 

@@ -37,7 +37,7 @@ def errors_after(num_steps: int, *, keep_rest: bool) -> npt.NDArray[np.float64]:
     rng = np.random.default_rng(0)
     gradient = rng.uniform(0.5, 2, 1000).astype(np.float32)
     hyper, zero = hyperparameters(), np.zeros(1000)
-    state = HostState(*(np.zeros(1000, dtype=np.float32) for _ in range(3)))
+    state = HostState(*np.zeros((3, 1000), dtype=np.float32))
     reference = ReferenceState(zero, zero, zero)
     for step in range(1, num_steps + 1):
         scalars = rows((hyper, step, 1.0))

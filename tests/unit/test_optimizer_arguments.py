@@ -45,8 +45,16 @@ from offload_adam.errors import HostMemoryError
         ({"pin": "all"}, TypeError, "unexpected keyword argument 'pin'"),
         ({"num_threads": 1.5}, TypeError, "num_threads must be an int"),
         ({"reduce_dtype": torch.float16}, ValueError, "reduce_dtype must be torch.float32 or None"),
-        ({"state_format": "int4"}, ValueError, "state_format must be 'fp32' or 'bf16', not 'int4'"),
-        ({"state_format": None}, ValueError, "state_format must be 'fp32' or 'bf16', not None"),
+        (
+            {"state_format": "int4"},
+            ValueError,
+            "state_format must be one of 'fp32', 'bf16', 'mixed', 'int8', not 'int4'",
+        ),
+        (
+            {"state_format": None},
+            ValueError,
+            "state_format must be one of 'fp32', 'bf16', 'mixed', 'int8', not None",
+        ),
         (
             {"accumulate": "device"},
             ValueError,

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from offload_adam import Adam, OffloadAdam
+from offload_adam.memory.codes import values_of
 from offload_adam.state.state_shard import shards_of
 
 
@@ -41,7 +42,7 @@ def members(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
 def everything(parameters: list[torch.nn.Parameter], optimizer: OffloadAdam) -> list[Any]:
     parts = list(shards_of(optimizer._settled().states))
     held = [part.parameter for part in parts]
-    state = [tensor for part in parts for tensor in part.planes.values()]
+    state = [values_of(plane) for part in parts for plane in part.planes.values()]
     steps = [part.step for part in parts]
     return [tensor.tolist() for tensor in (*parameters, *held, *state, *steps)]
 
@@ -234,7 +235,8 @@ def test_state_that_is_replaced_is_refused() -> None:
     def replaced(edit: Callable[[Any], object]) -> None:
         optimizer = made()
         parts = list(shards_of(optimizer._settled().states))
-        tensors = [t for part in parts for t in (part.parameter, part.step, *part.planes.values())]
+        planes = [values_of(plane) for part in parts for plane in part.planes.values()]
+        tensors = [*(t for part in parts for t in (part.parameter, part.step)), *planes]
         before = [tensor.tolist() for tensor in tensors]
         edit(optimizer)
         with pytest.raises(

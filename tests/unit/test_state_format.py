@@ -390,14 +390,19 @@ def test_an_unknown_format_is_rejected_also_with_convert(stored: object) -> None
     saved = optimizer.state_dict()
     assert saved["offload_adam"]["state_formats"] == {0: "bf16"}
     saved["offload_adam"]["state_formats"] = {0: stored}
-    with pytest.raises(ValueError, match="The saved state_format of parameter 0 must be 'fp32' or"):
+    with pytest.raises(
+        ValueError, match="The saved state_format of parameter 0 must be one of 'fp32', 'bf16'"
+    ):
         optimizer.load_state_dict(saved, convert=True)
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"state_format": "int4"}, "state_format must be 'fp32' or 'bf16', not 'int4'"),
+        (
+            {"state_format": "int4"},
+            "state_format must be one of 'fp32', 'bf16', 'mixed', 'int8', not 'int4'",
+        ),
         ({"amsgrad": True}, "Parameter 'weight' has amsgrad=True and state_format='bf16'"),
     ],
 )

@@ -15,6 +15,7 @@ from offload_adam.layout.state_plan import (
     plan_state,
     resolve_bucket_nbytes,
 )
+from offload_adam.options import StateFormat
 from offload_adam.plan.advice import options
 from offload_adam.plan.inputs import Training
 
@@ -46,6 +47,31 @@ def test_the_worked_example_of_the_layout() -> None:
     assert (bucket.numel, bucket.shard_bounds(1)) == (768, (384, 768))
     parts = [[(s.position, s.parameter_start, s.numel) for s in bucket.segments(r)] for r in (0, 1)]
     assert parts == [[(0, 0, 130), (1, 0, 128)], [(1, 128, 172), (2, 0, 100)]]
+
+
+@pytest.mark.parametrize(
+    ("state_format", "nbytes"), [("fp32", 12), ("bf16", 6), ("mixed", 5), ("int8", 5)]
+)
+def test_a_checkpoint_has_8_bit_codes_as_bfloat16(state_format: StateFormat, nbytes: int) -> None:
+    spec = ParameterSpec(0, 1000, 2, "f", state_format=state_format, is_bfloat16=True)
+    (plan,) = plan_state([spec], StatePolicy())
+    assert plan.state.saved == nbytes
+
+
+@pytest.mark.parametrize("state_format", ["bf16", "mixed", "int8"])
+def test_low_precision_needs_state_in_host_memory(state_format: StateFormat) -> None:
+    spec = ParameterSpec(0, 1000, 2, "f", on_device=True, state_format=state_format)
+    with pytest.raises(ValueError, match=f"state_format='{state_format}' needs state in host"):
+        plan_state([spec], StatePolicy(replicated=True))
+
+
+@pytest.mark.parametrize(
+    ("state_format", "packs"), [("fp32", True), ("bf16", True), ("int8", False)]
+)
+def test_parameters_with_codes_do_not_share_a_block(state_format: StateFormat, packs: bool) -> None:
+    specs = [ParameterSpec(i, 5, 4, "f", state_format=state_format) for i in range(1001)]
+    (bucket,) = plan_buckets(specs, world_size=1, bucket_nbytes=10**6)
+    assert (bucket.placements[1].start < 128) == packs
 
 
 def test_the_worked_example_of_parameters_that_share_a_block() -> None:

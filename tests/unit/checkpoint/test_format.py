@@ -93,6 +93,7 @@ def part_of(name: str, count: int) -> Part:
 
 
 def content_of(part: Part) -> bytes:
+    assert isinstance(part.data, torch.Tensor)
     return part.data.numpy().tobytes()
 
 

@@ -57,7 +57,8 @@ def make(
     optimizer = kind(
         list(net.named_parameters()), lr=1e-2, state_format=state_format, num_threads=1
     )
-    train(net, optimizer, 0, num_steps)
+    first = 10 * seed  # so that state differs as well
+    train(net, optimizer, first, first + num_steps)
     return net, optimizer
 
 
@@ -116,16 +117,23 @@ def test_a_manifest_without_low_precision_is_that_of_earlier_versions(tmp_path: 
     save_checkpoint(tmp_path / "d", model=net, optimizer=optimizer)
     formats = manifest_in(tmp_path / "d")["optimizer"]["formats"]
     assert formats == dict.fromkeys(("weight", "images", "exact", "lower"), "bf16")
+    assert "scales" not in manifest_in(tmp_path / "d")["optimizer"]
 
 
+LOW_PRECISION = ["bf16", "mixed", "int8"]
 PLACES = [(OffloadAdamW, OffloadAdamW), (OffloadAdamW, OnDevice), (OnDevice, OffloadAdamW)]
 
 
+@pytest.mark.parametrize("state_format", LOW_PRECISION)
 @pytest.mark.parametrize(("saving", "loading"), PLACES)
-def test_a_load_keeps_all_bits(tmp_path: Path, saving: Any, loading: Any) -> None:
-    net, optimizer = make("bf16", kind=saving)
+def test_a_load_keeps_all_bits(
+    tmp_path: Path, saving: Any, loading: Any, state_format: str
+) -> None:
+    net, optimizer = make(state_format, kind=saving)
+    remainder = optimizer.state[net.weight]["master_remainder"]
+    remainder[0] = torch.iinfo(remainder.dtype).min  # ties, which a conversion may change
     save_checkpoint(tmp_path / "c", model=net, optimizer=optimizer)
-    other, loaded = make("bf16", seed=1, kind=loading)
+    other, loaded = make(state_format, seed=1, kind=loading)
     load_checkpoint(tmp_path / "c", model=other, optimizer=loaded)
     for one, same in zip(net.parameters(), other.parameters(), strict=True):
         assert torch.equal(master_of(loaded, same), master_of(optimizer, one))
@@ -192,6 +200,48 @@ def test_low_precision_needs_convert(tmp_path: Path, saving: Any, loading: Any) 
         assert torch.equal(master_of(loaded, parameter), master)
 
 
+@pytest.mark.parametrize("state_format", LOW_PRECISION)
+@pytest.mark.parametrize("own", ["fp32", *LOW_PRECISION])
+def test_a_checkpoint_is_converted_as_a_state_dict_is(
+    tmp_path: Path, state_format: str, own: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    net, optimizer = make(state_format)
+    save_checkpoint(tmp_path / "c", model=net, optimizer=optimizer)
+    other, loaded = make(own, seed=1)
+    with caplog.at_level("INFO", "offload_adam"):
+        load_checkpoint(tmp_path / "c", model=other, optimizer=loaded, convert=True)
+    assert "once more" not in caplog.text  # that is for the same format
+    same, second = make(own, seed=2)
+    same.load_state_dict(net.state_dict())
+    second.load_state_dict(optimizer.state_dict(), convert=True)
+    assert_same(everything(other, loaded), everything(same, second))
+    assert loaded.state[other.weight]["step"] == NUM_STEPS
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
+def test_moments_that_no_code_stands_for_are_rejected_first(tmp_path: Path, key: str) -> None:
+    net, optimizer = make("fp32")
+    optimizer.state[net.images][key][1, 2, 3, 4] = torch.inf
+    save_checkpoint(tmp_path / "c", model=net, optimizer=optimizer)
+    other, loaded = make("int8", seed=1)
+    before = everything(other, loaded)
+    with pytest.raises(CheckpointError, match=f"'optimizer/images/{key}' has values that are not"):
+        load_checkpoint(tmp_path / "c", model=other, optimizer=loaded)
+    assert_same(everything(other, loaded), before)
+
+
+@pytest.mark.parametrize("saved", ["fp32", "bf16", "int8"])
+def test_a_checkpoint_before_the_first_update_is_loaded_as_such(tmp_path: Path, saved: str) -> None:
+    net, optimizer = make(saved, num_steps=0)
+    save_checkpoint(tmp_path / "c", model=net, optimizer=optimizer)
+    other, loaded = make("int8", seed=1)
+    load_checkpoint(tmp_path / "c", model=other, optimizer=loaded, convert=True)
+    assert loaded.state[other.weight]["exp_avg_sq_scale"] == 0
+    assert not any(
+        entry["exp_avg_sq"].any() for entry in loaded.full_state_dict()["state"].values()
+    )
+
+
 def test_there_and_back_with_convert_is_exact(tmp_path: Path) -> None:
     net, optimizer = make("bf16")
     before = everything(net, optimizer)
@@ -227,8 +277,9 @@ def test_state_saved_apart_is_rounded_or_rejected(tmp_path: Path) -> None:
     assert_same(everything(net, optimizer), before)
 
 
-def test_export_to_torch_is_fp32(tmp_path: Path) -> None:
-    net, optimizer = make("bf16")
+@pytest.mark.parametrize("state_format", LOW_PRECISION)
+def test_export_to_torch_is_fp32(tmp_path: Path, state_format: str) -> None:
+    net, optimizer = make(state_format)
     save_checkpoint(tmp_path / "c", model=net, optimizer=optimizer)
     code, output = command("export", "--format", "torch", tmp_path / "c", tmp_path / "t.pt")
     assert code == 0, output
@@ -253,19 +304,34 @@ def test_export_to_torch_is_fp32(tmp_path: Path) -> None:
         parameter.grad = torch.ones_like(parameter)
     plain.step()
 
-    # And back: with names, formats and masters.
-    other, loaded = make("bf16", seed=1)
+    # And back: with names, formats, scales and masters.
+    other, loaded = make(state_format, seed=1)
     other.load_state_dict(content["model"])
     loaded.load_state_dict(content["optimizer"])
     assert_same(everything(other, loaded), everything(net, optimizer))
 
 
-def test_export_to_dcp_is_exact(tmp_path: Path) -> None:
-    net, optimizer = make("bf16")
+def test_export_joins_the_blocks_of_weights_and_remainders(tmp_path: Path) -> None:
+    """A block has 4 MiB: 2**21 elements of a bfloat16 weight, or 2**22 of its remainder."""
+    net = nn.Linear(2049, 1025, bias=False, dtype=BF16)
+    optimizer = OffloadAdamW(net.parameters(), state_format="int8", num_threads=1)
+    net.weight.grad = net.weight.detach().clone()
+    optimizer.step()
+    save_checkpoint(tmp_path / "c", model=net, optimizer=optimizer)
+    code, output = command("export", "--format", "torch", tmp_path / "c", tmp_path / "t.pt")
+    assert code == 0, output
+    content = torch.load(tmp_path / "t.pt", weights_only=True)
+    (found,) = content["optimizer"]["offload_adam"]["master_weight"].values()
+    assert torch.equal(found, master_of(optimizer, net.weight))
+
+
+@pytest.mark.parametrize("state_format", LOW_PRECISION)
+def test_export_to_dcp_is_exact(tmp_path: Path, state_format: str) -> None:
+    net, optimizer = make(state_format)
     save_checkpoint(tmp_path / "c", model=net, optimizer=optimizer)
     code, output = command("export", "--format", "dcp", tmp_path / "c", tmp_path / "d")
     assert code == 0, output
-    other, loaded = make("bf16", seed=1)
+    other, loaded = make(state_format, seed=1)
     state = {"model": other.state_dict(), "optimizer": OptimizerState(other, loaded)}
     dcp.load(state, checkpoint_id=tmp_path / "d", no_dist=True)
     assert_same(everything(other, loaded), everything(net, optimizer))
@@ -274,13 +340,18 @@ def test_export_to_dcp_is_exact(tmp_path: Path) -> None:
     assert_same(everything(other, loaded), everything(net, optimizer))
 
 
-@pytest.mark.parametrize(("saving", "loading"), [("bf16", "fp32"), ("fp32", "bf16")])
+@pytest.mark.parametrize(
+    ("saving", "loading"),
+    [("bf16", "fp32"), ("fp32", "bf16"), ("int8", "bf16"), ("bf16", "mixed"), ("mixed", "fp32")],
+)
 def test_dcp_does_not_convert(tmp_path: Path, saving: str, loading: str) -> None:
     net, optimizer = make(saving)
     dcp.save({"optimizer": OptimizerState(net, optimizer)}, checkpoint_id=tmp_path / "d")
     other, loaded = make(loading, seed=1)
     with pytest.raises(dcp.api.CheckpointException):
         dcp.load({"optimizer": OptimizerState(other, loaded)}, checkpoint_id=tmp_path / "d")
+    if "mixed" in (saving, loading) or "int8" in (saving, loading):
+        return  # the second moments have other names
     # The state of an fp32 parameter has the same names in both formats.
     optimizer.close()
     loaded.close()
@@ -342,6 +413,61 @@ def test_a_damaged_manifest_is_a_clean_error(tmp_path: Path, name: str, convert:
         assert "Traceback" not in output
 
 
+@pytest.mark.parametrize(("saving", "loading"), [("int8", "mixed"), ("mixed", "int8")])
+def test_dcp_does_not_convert_codes(tmp_path: Path, saving: str, loading: str) -> None:
+    """Both formats have the same names and dtypes in a checkpoint."""
+    net, optimizer = make(saving)
+    dcp.save({"optimizer": OptimizerState(net, optimizer)}, checkpoint_id=tmp_path / "d")
+    other, loaded = make(loading, seed=1)
+    with pytest.raises(CheckpointError, match=f"saved with state_format='{saving}'"):
+        dcp.load({"optimizer": OptimizerState(other, loaded)}, checkpoint_id=tmp_path / "d")
+
+
+CODE_DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "no scales": (lambda values: values["optimizer"].pop("scales"), "scale"),
+    "scale missing": (lambda values: values["optimizer"]["scales"].pop("weight"), "weight"),
+    "scale too large": (
+        lambda values: values["optimizer"]["scales"].update(weight=2.0),
+        "scale of 'weight'",
+    ),
+    "scale of text": (
+        lambda values: values["optimizer"]["scales"].update(weight="one"),
+        "scales",
+    ),
+    "format of bf16": (_format("weight", "bf16"), "weight"),
+    "moment as fp32": (_tensor("optimizer/weight/scaled_exp_avg_sq", dtype="F32"), "exp_avg_sq"),
+    "no moment": (
+        lambda values: values["tensors"].pop("optimizer/weight/scaled_exp_avg_sq"),
+        "scaled_exp_avg_sq",
+    ),
+    "16-bit remainder": (
+        _tensor("optimizer/weight/master_remainder", dtype="I16"),
+        "master_remainder",
+    ),
+}
+
+
+@pytest.mark.parametrize("convert", [False, True])
+@pytest.mark.parametrize("name", CODE_DAMAGES)
+def test_damaged_codes_are_a_clean_error(tmp_path: Path, name: str, convert: bool) -> None:
+    net, optimizer = make("int8")
+    save_checkpoint(tmp_path / "c", model=net, optimizer=optimizer)
+    damage, expected = CODE_DAMAGES[name]
+    values = manifest_in(tmp_path / "c")
+    damage(values)
+    (tmp_path / "c" / MANIFEST_NAME).write_text(sealed(values))
+    other, loaded = make("int8", seed=1)
+    before = everything(other, loaded)
+    with pytest.raises(CheckpointError) as raised:
+        load_checkpoint(tmp_path / "c", model=other, optimizer=loaded, convert=convert)
+    assert re.search(expected, str(raised.value)), str(raised.value)
+    assert_same(everything(other, loaded), before)
+    for form in ("torch", "dcp"):
+        code, output = command("export", "--format", form, tmp_path / "c", tmp_path / form)
+        assert code in (0, 1), output
+        assert "Traceback" not in output
+
+
 def test_verify_and_inspect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net, optimizer = make("bf16")
     save_checkpoint(tmp_path / "c", model=net, optimizer=optimizer)
@@ -357,3 +483,4 @@ def test_verify_and_inspect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (line,) = (line for line in output.splitlines() if "weight/master_remainder" in line)
     assert "37 x 21" in line
     assert "I16" in line
+    assert "state_format 'bf16': the state of 4 parameter(s)" in output

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from offload_adam.doctor import bandwidth, bandwidth_cache
 from offload_adam.doctor.bandwidth_cache import Bandwidth, Ranks
 from offload_adam.kernels.probe import pass_over
 from offload_adam.layout.ring import RingSpeed
+from offload_adam.options import StateFormat
 
 
 def test_a_pass_does_not_change_its_arrays() -> None:
@@ -53,6 +54,40 @@ def test_saved_bandwidths_read_back(cache_home: Path) -> None:
     assert path == cache_home / "offload_adam" / "bandwidth.json"
     assert bandwidth_cache.recall() == Bandwidth({1: 0.1 + 0.2, 2: 40.0}, 1 / 3)
     assert [one.name for one in path.parent.iterdir()] == ["bandwidth.json"]
+
+
+def test_speeds_of_steps_are_kept_by_format(cache_home: Path) -> None:
+    bandwidth_cache.keep(Bandwidth(step=40.0, low_precision_steps={"bf16": 36.0, "mixed": 31.0}))
+    # Later measurements replace only what they measured.
+    bandwidth_cache.keep(Bandwidth(bus=20.0))
+    bandwidth_cache.keep(Bandwidth(low_precision_steps={"mixed": 32.0}))
+    known = bandwidth_cache.recall()
+    assert known == Bandwidth(
+        step=40.0, bus=20.0, low_precision_steps={"bf16": 36.0, "mixed": 32.0}
+    )
+    formats: tuple[StateFormat, ...] = get_args(StateFormat)
+    assert {one: known.step_in(one) for one in formats} == {
+        "fp32": 40.0,
+        "bf16": 36.0,
+        "mixed": 32.0,
+        "int8": None,
+    }
+
+
+@pytest.mark.parametrize(("saved", "steps"), [(36.0, {"bf16": 36.0}), (None, {})])
+def test_the_bf16_speed_of_an_earlier_version_is_kept(
+    cache_home: Path, saved: float | None, steps: dict[StateFormat, float]
+) -> None:
+    path = bandwidth_cache.keep(Bandwidth(step=40.0))
+    assert path is not None
+    values = json.loads(path.read_text()) | {"step_bf16_gb_per_s": saved}
+    del values["low_precision_step_gb_per_s"]
+    path.write_text(json.dumps(values))
+    assert bandwidth_cache.recall() == Bandwidth(step=40.0, low_precision_steps=steps)
+    bandwidth_cache.keep(Bandwidth(bus=20.0))  # writes the new key alone
+    assert json.loads(path.read_text())["low_precision_step_gb_per_s"] == steps
+    assert "step_bf16_gb_per_s" not in path.read_text()
+    assert bandwidth_cache.recall().low_precision_steps == steps
 
 
 def test_the_bandwidth_of_another_machine_is_not_used(
@@ -105,6 +140,9 @@ def test_the_speeds_of_a_network_read_back(cache_home: Path) -> None:
         {"step_gb_per_s": 10**400},
         {"step_gb_per_s": "1"},
         {"bus_gb_per_s": True},
+        {"low_precision_step_gb_per_s": 5},
+        {"low_precision_step_gb_per_s": ["bf16"]},
+        {"low_precision_step_gb_per_s": {"mixed": 0}},
         {"memory_gb_per_s": {"1": 10**400}},
         {"memory_gb_per_s": {"-1": 1.0}},
         {"memory_gb_per_s": {"1" * 5000: 1.0}},
@@ -167,6 +205,23 @@ def test_a_step_counts_every_byte_that_it_moves(monkeypatch: pytest.MonkeyPatch)
     assert bandwidth.measure_step(1, numel=8192, num_steps=1) == pytest.approx(
         8192 * 30 / 0.5 / 1e9
     )
+
+
+@pytest.mark.parametrize(
+    ("state_format", "nbytes"),
+    [
+        # The gradient twice, and the parameter. Then what is both read and written: state, and the
+        # parameter if it is a part of its master weight.
+        ("fp32", 2 + 2 + 2 + 2 * (4 + 4 + 4)),
+        ("bf16", 2 + 2 + 2 * (2 + 2 + 2 + 2)),
+        ("mixed", 2 + 2 + 2 * (2 + 1 + 2 + 1 + 2 / 128)),
+        ("int8", 2 + 2 + 2 * (2 + 1 + 1 + 1 + 2 / 128)),
+    ],
+)
+def test_the_traffic_of_a_step(state_format: StateFormat, nbytes: float) -> None:
+    assert bandwidth.step_nbytes_per_element(state_format) == nbytes
+    assert bandwidth.step_nbytes(3, 1024, state_format) == 3 * 1024 * nbytes
+    assert bandwidth.step_nbytes(2, 1000, state_format) == 2 * 1024 * nbytes  # padded to blocks
 
 
 def test_a_step_is_measured() -> None:

@@ -14,6 +14,9 @@ from offload_adam.cli.app import app
 from offload_adam.doctor import bandwidth_cache, examination
 from offload_adam.doctor.bandwidth import measure_bandwidth, measure_step
 from offload_adam.doctor.finding import Finding, findings_table, summary
+from offload_adam.options import StateFormat
+
+LOW_PRECISION_STEPS: dict[StateFormat, float] = {"bf16": 23.0, "mixed": 22.0, "int8": 21.0}
 
 
 def doctor(*arguments: str) -> tuple[int, str]:
@@ -26,7 +29,11 @@ def small_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         examination, "measure_bandwidth", lambda counts: measure_bandwidth(counts, numel=100_000)
     )
-    monkeypatch.setattr(examination, "measure_step", lambda threads: measure_step(threads, numel=9))
+
+    def measure(num_threads: int, state_format: StateFormat = "fp32") -> float:
+        return LOW_PRECISION_STEPS.get(state_format) or measure_step(num_threads, numel=9)
+
+    monkeypatch.setattr(examination, "measure_step", measure)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -45,8 +52,16 @@ def test_everything_found_is_shown_and_written(tmp_path: Path) -> None:
     measured = {int(count): value for count, value in values["bandwidth_gb_per_s"].items()}
     assert 1 in measured
     assert all(value > 0.0 for value in measured.values())
-    assert bandwidth_cache.recall() == bandwidth_cache.Bandwidth(measured, values["step_gb_per_s"])
+    assert bandwidth_cache.recall() == bandwidth_cache.Bandwidth(
+        measured, values["step_gb_per_s"], low_precision_steps=LOW_PRECISION_STEPS
+    )
     assert values["step_gb_per_s"] > 0.0
+    low = "bandwidth of a step, {} state"
+    assert {name: text for name, text in found.items() if name.endswith(" state")} == {
+        low.format("bf16"): "23.0 GB/s; a step moves 20 bytes a parameter instead of 30",
+        low.format("mixed"): "22.0 GB/s; a step moves 16 bytes a parameter instead of 30",
+        low.format("int8"): "21.0 GB/s; a step moves 14 bytes a parameter instead of 30",
+    }
 
 
 def test_a_failed_check_exits_with_1(tmp_path: Path) -> None:

@@ -91,7 +91,8 @@ def test_with_a_gpu_each_rank_leaves_one_core_free(
     for on_device in (True, False):
         speeds.measured_speeds(Training(world_size=2, local_world_size=2, on_device=on_device))
     # By doctor, and for a plan of each kind.
-    assert measured == [(6, "fp32"), (6, "bf16"), (6, "fp32"), (8, "fp32")]
+    by_doctor = [(6, state_format) for state_format in ("fp32", "bf16", "mixed", "int8")]
+    assert measured == [*by_doctor, (6, "fp32"), (8, "fp32")]
 
 
 @pytest.mark.parametrize(
@@ -240,7 +241,7 @@ def test_the_slowest_bus_is_saved(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     FakeGpus(monkeypatch)
     monkeypatch.setattr(devices, "bus_gb_per_s", lambda index: ((25.0, 24.0), (9.0, 12.0))[index])
     monkeypatch.setattr(examination, "measure_bandwidth", lambda counts: dict.fromkeys(counts, 8.0))
-    monkeypatch.setattr(examination, "measure_step", lambda threads: 7.0)
+    monkeypatch.setattr(examination, "measure_step", lambda threads, state_format="fp32": 7.0)
     monkeypatch.setattr(storage, "write_gb_per_s", lambda folder: 1.0)
     findings, measured = examine(2, tmp_path)
     assert measured.bus == 9.0

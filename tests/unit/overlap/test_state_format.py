@@ -1,4 +1,4 @@
-"""`state_format="bf16"` with parameters on a device: the bits of a run in host memory."""
+"""State in low precision with parameters on a device: the bits of a run in host memory."""
 
 from __future__ import annotations
 
@@ -58,9 +58,14 @@ def run(net: Net, optimizer: Any, start: int = 0, end: int = NUM_STEPS) -> None:
         optimizer.zero_grad()
 
 
+@pytest.fixture(scope="module", params=["bf16", "int8"])
+def state_format(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def expected() -> Values:
-    net, optimizer = make("plain 1")
+def expected(state_format: str) -> Values:
+    net, optimizer = make("plain 1", state_format=state_format)
     run(net, optimizer)
     return values_of(net, optimizer)
 
@@ -104,20 +109,20 @@ def check(net: Net, optimizer: Any, expected: Values) -> None:
     ids=["drop-in", "sequential", "overlapped", "accumulated", "one bucket"],
 )
 def test_the_bits_are_those_of_a_run_in_host_memory(
-    expected: Values, pin: Pin, options: dict[str, Any]
+    expected: Values, state_format: str, pin: Pin, options: dict[str, Any]
 ) -> None:
-    net, optimizer = make_on_device(pin=pin, **options)
+    net, optimizer = make_on_device(pin=pin, state_format=state_format, **options)
     run(net, optimizer)
     check(net, optimizer, expected)
     optimizer.close()
 
 
 @pytest.mark.parametrize("streams", [False, True])
-def test_streaming_in_host_memory(expected: Values, streams: bool) -> None:
+def test_streaming_in_host_memory(expected: Values, state_format: str, streams: bool) -> None:
     options: dict[str, Any] = {}
     if streams:
         options = {"accumulate": "host", "gradient_reduction": "optimizer"}
-    net, optimizer = make("plain 1", streams=streams, **options)
+    net, optimizer = make("plain 1", streams=streams, state_format=state_format, **options)
     run(net, optimizer)
     assert differences(values_of(net, optimizer), expected) == []
     optimizer.close()
@@ -168,9 +173,15 @@ def test_a_forward_reads_the_updated_parameters() -> None:
 @pytest.mark.parametrize("snapshot_nbytes", [0, 2**20])
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_background_checkpoint_has_the_bytes_of_one_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool, snapshot_nbytes: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    state_format: str,
+    overlap: bool,
+    snapshot_nbytes: int,
 ) -> None:
-    net, optimizer = make_on_device(streams=True, overlap=overlap, snapshot_nbytes=snapshot_nbytes)
+    net, optimizer = make_on_device(
+        streams=True, overlap=overlap, snapshot_nbytes=snapshot_nbytes, state_format=state_format
+    )
     run(net, optimizer, 0, 2)
     save_checkpoint(tmp_path / "plain", model=net, optimizer=optimizer)
     disk = Disk(monkeypatch)
@@ -190,7 +201,7 @@ def test_a_background_checkpoint_has_the_bytes_of_one_step(
     ]
     assert contents[0] == contents[1]
     run(net, optimizer, 4, NUM_STEPS)
-    other, plain = make("plain 1")
+    other, plain = make("plain 1", state_format=state_format)
     run(other, plain)
     check(net, optimizer, values_of(other, plain))
     optimizer.close()

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from offload_adam.cli.app import app
 from offload_adam.cli.plan import parse_nbytes
 from offload_adam.doctor import bandwidth_cache
+from offload_adam.options import StateFormat
 from offload_adam.plan.advice import largest_model, needs, options
 from offload_adam.plan.inputs import MOST_NUMEL, Machine, Training, synthetic_specs
 from offload_adam.plan.prediction import predict
@@ -252,7 +253,7 @@ def test_a_bandwidth_that_doctor_saved_is_used(
 def test_a_bandwidth_is_measured_when_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured = {"fp32": 33.0, "bf16": 30.0}
+    measured = {"fp32": 33.0, "bf16": 30.0, "mixed": 29.0, "int8": 28.0}
     monkeypatch.setattr(speeds, "measure_step", lambda _, state_format: measured[state_format])
     for state_format, speed in measured.items():
         values = planned(tmp_path, CONFIG, "--measure", f"--state-format={state_format}")
@@ -264,15 +265,17 @@ def test_a_speed_that_doctor_measured_is_that_of_the_format(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    bandwidth_cache.keep(bandwidth_cache.Bandwidth(step=40.0, step_bf16=36.0))
-    # A later measurement of something else keeps both.
-    bandwidth_cache.keep(bandwidth_cache.Bandwidth(bus=20.0))
+    low_precision: dict[StateFormat, float] = {"bf16": 36.0, "mixed": 35.0}
+    measured = bandwidth_cache.Bandwidth(step=40.0, low_precision_steps=low_precision)
+    bandwidth_cache.keep(measured)
     seconds = {}
-    for state_format, speed in {"fp32": 40.0, "bf16": 36.0}.items():
+    for state_format, speed in {"fp32": 40.0, **low_precision}.items():
         values = planned(tmp_path, CONFIG, f"--state-format={state_format}")
         assert values["machine"]["host_gb_per_s"] == speed
         seconds[state_format] = values["seconds"]["update"]
     assert 0.5 < seconds["bf16"] / seconds["fp32"] < 1.0
+    assert 0.5 < seconds["mixed"] / seconds["bf16"] < 1.0
+    assert planned(tmp_path, CONFIG, "--state-format=int8")["seconds"] is None
 
 
 def test_state_in_bf16_takes_ten_bytes_a_parameter(tmp_path: Path) -> None:
@@ -288,20 +291,93 @@ def test_state_in_bf16_takes_ten_bytes_a_parameter(tmp_path: Path) -> None:
     assert values["largest_model"] == pytest.approx(512 * GIB / 10, rel=0.02)
 
 
-def test_bf16_state_is_among_the_settings_that_save_memory() -> None:
-    code, output = plan("--params=13e9", *MACHINE)
-    assert code == 0
-    assert "optimizer.state_format: bf16" in output
-    _, output = plan("--params=13e9", *MACHINE, "--state-format=bf16")
-    assert "optimizer.state_format" not in output
+@pytest.mark.parametrize(
+    ("state_format", "exp_avg", "nbytes", "traffic"),
+    [
+        ("mixed", 2, 8 + 2 / 128, 2 + 2 + 2 * (2 + 1 + 2 + 1 + 2 / 128)),
+        ("int8", 1, 7 + 2 / 128, 2 + 2 + 2 * (2 + 1 + 1 + 1 + 2 / 128)),
+    ],
+)
+def test_state_in_codes_takes_the_bytes_of_its_planes(
+    state_format: str, exp_avg: int, nbytes: float, traffic: float, tmp_path: Path
+) -> None:
+    """Bytes a parameter. The traffic is the gradient twice, and state that is read and written.
+
+    The host's copy of the parameter is part of this state.
+    """
+    num_parameters = 128 * 10**6
+    arguments = (f"--params={num_parameters}", *MACHINE, f"--state-format={state_format}")
+    values = planned(tmp_path, *arguments, "--host-bandwidth=100", "--bus-bandwidth=20")
+    expected = {
+        "master_weight": 2 * num_parameters,
+        "master_remainder": num_parameters,
+        "exp_avg": exp_avg * num_parameters,
+        "exp_avg_sq": num_parameters,
+        "exponents": 2 * 10**6,
+        "gradient shards": 2 * num_parameters,
+    }
+    host = values["bytes_per_rank"]["host"]
+    assert {plane: host[plane] for plane in expected} == expected
+    assert sum(expected.values()) == nbytes * num_parameters
+    assert values["seconds"]["update"] == pytest.approx(traffic * num_parameters / 1e11)
+    values = planned(tmp_path, *arguments, "--gpu-memory=800GiB")
+    assert values["largest_model"] == pytest.approx(512 * GIB / nbytes, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("state_format", "smaller"),
+    [
+        ("fp32", ["bf16", "mixed", "int8"]),
+        ("bf16", ["mixed", "int8"]),
+        ("mixed", ["int8"]),
+        ("int8", []),
+    ],
+)
+def test_smaller_formats_are_among_the_settings_that_save_memory(
+    state_format: str, smaller: list[str], tmp_path: Path
+) -> None:
+    nbytes = {"fp32": 14, "bf16": 10, "mixed": 8 + 2 / 128, "int8": 7 + 2 / 128}
+    arguments = ("--params=13e9", *MACHINE, f"--state-format={state_format}")
+    rows = {
+        row["setting"].removeprefix("optimizer.state_format: "): row["host"]
+        for row in planned(tmp_path, *arguments)["options"]
+        if row["setting"].startswith("optimizer.state_format")
+    }
+    assert list(rows) == smaller
+    for other, host in rows.items():
+        saved = (nbytes[other] - nbytes[state_format]) * 13e9
+        assert host == pytest.approx(saved, rel=0.01)  # without fp32, there is no staging
+
+
+@pytest.mark.parametrize(
+    ("state_format", "param_dtype", "is_noisy"),
+    [
+        ("bf16", "bf16", False),
+        ("mixed", "bf16", True),
+        ("int8", "bf16", True),
+        ("mixed", "fp16", False),  # fp32 master weights
+    ],
+)
+def test_a_plan_warns_of_small_learning_rates_with_24_bits(
+    state_format: str, param_dtype: str, is_noisy: bool
+) -> None:
+    arguments = (f"--state-format={state_format}", f"--param-dtype={param_dtype}")
+    _, output = plan("--params=1e9", *MACHINE, *arguments)
+    assert ("At learning rates below 1e-5" in output) == is_noisy
 
 
 @pytest.mark.parametrize(
     ("memory", "state_format", "code"),
-    [("200GiB", "fp32", 0), ("150GiB", "bf16", 0), ("100GiB", "bf16", 3)],
+    [
+        ("200GiB", "fp32", 0),
+        ("150GiB", "bf16", 0),
+        ("100GiB", "mixed", 0),
+        ("90GiB", "int8", 0),
+        ("80GiB", "int8", 3),
+    ],
 )
 def test_the_most_exact_format_that_fits(memory: str, state_format: str, code: int) -> None:
-    """13e9 parameters need 14 bytes each, or 10."""
+    """13e9 parameters need 169.5, 121.1, 97.0 or 85.0 GiB: 14, 10, 8 or 7 bytes each."""
     found, output = plan("--params=13e9", "--gpu-memory=80GiB", f"--host-memory={memory}", "--fit")
     assert found == code
     assert f"Planning with state_format '{state_format}'" in output
@@ -310,7 +386,10 @@ def test_the_most_exact_format_that_fits(memory: str, state_format: str, code: i
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--state-format=int4",), "--state-format must be 'fp32' or 'bf16', not 'int4'"),
+        (
+            ("--state-format=int4",),
+            "--state-format must be one of 'fp32', 'bf16', 'mixed', 'int8', not 'int4'",
+        ),
         (("--state-format=bf16", "--fit"), "give either --state-format or --fit"),
         (("--state-format=bf16", "--offload-fraction=0.5"), "needs state in host memory"),
     ],
