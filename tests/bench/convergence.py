@@ -36,9 +36,11 @@ MODELS = {
 KINDS = {
     "fp32": [],
     "bf16": ["--optimizer.state_format=bf16"],
+    "mixed": ["--optimizer.state_format=mixed"],
+    "int8": ["--optimizer.state_format=int8"],
     "fp32, eps 1% larger": ["--optimizer.eps=1.01e-8"],
 }
-COLORS = dict(zip(KINDS, ("#222222", "#0072B2", "#D55E00"), strict=True))
+COLORS = dict(zip(KINDS, ("#222222", "#0072B2", "#009E73", "#CC79A7", "#D55E00"), strict=True))
 
 
 def measure_convergence(

@@ -7,17 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from offload_adam.bench.harness import prepare_machine
+from offload_adam.options import StateFormat
 from tests.bench.command import run
-from tests.support.tracking import PHASES, nearest_store, optimizer_store, track
+from tests.support.tracking import PHASES, nearest_store, optimizer_store, path_error, track
 
 BETAS2 = (0.95, 0.99, 0.999)
-BF16, NEAREST = "bf16 (stochastic rounding)", "bf16 rounded to nearest, for comparison"
+BF16, CODES = "bf16", "mixed and int8"
+NEAREST = "bf16 rounded to nearest, for comparison"
 STORES = {
     "fp32": optimizer_store,
     BF16: lambda beta2: optimizer_store(beta2, state_format="bf16"),
+    CODES: lambda beta2: optimizer_store(beta2, state_format="mixed"),  # the same codes in int8
     NEAREST: nearest_store,
 }
-COLORS = {"fp32": "#222222", BF16: "#0072B2", NEAREST: "#D55E00"}
+COLORS = {"fp32": "#222222", BF16: "#0072B2", CODES: "#009E73", NEAREST: "#D55E00"}
 
 
 def measure_tracking(
@@ -46,10 +49,18 @@ def measure_tracking(
                         "least": float(sample.ratio.min()),
                     }
                 )
+    formats: tuple[StateFormat, ...] = ("bf16", "mixed", "int8")
+    paths = {
+        f"{state_format}, beta2 {beta2}, lr {lr}": path_error(state_format, lr, beta2)
+        for state_format in formats
+        for beta2 in (0.95, 0.999)
+        for lr in (1e-3, 1e-5, 1e-6)
+    }
     report = {
         "benchmark": "tracking",
         "num_steps": num_steps,
         "samples": samples,
+        "paths": paths,
         "machine": machine,
     }
     if picture:
@@ -58,7 +69,7 @@ def measure_tracking(
 
 
 def show(report: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the ratios at the end of each phase."""
+    """Yield the ratios at the end of each phase, and the differences of paths."""
     yield "Root of the stored second moment over the exact one: mean (mean absolute error)"
     for name, samples in report["samples"].items():
         for beta2 in BETAS2:
@@ -68,6 +79,9 @@ def show(report: Mapping[str, Any]) -> Iterator[str]:
                 for phase in PHASES
             )
             yield f"{name}, beta2 {beta2}: {'; '.join(cells)}"
+    yield "Distance of the weights from those with fp32 state after 1,000 steps, over their path"
+    for name, error in report["paths"].items():
+        yield f"{name}: {error:.2%}"
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
