@@ -19,6 +19,7 @@ from offload_adam.coordinator.rank_checks import raise_on_all_ranks
 from offload_adam.fsdp_private import fsdp_groups, is_dtensor
 from offload_adam.gradients.stand_in import StreamedGradients
 from offload_adam.layout.state_plan import plan_state
+from offload_adam.memory.planes import SCALED_KEY
 from offload_adam.options import ExecutionOptions
 from offload_adam.params.groups import GroupWatch
 from offload_adam.params.local_shard import ShardedModel, reject_gathered, replacements
@@ -28,10 +29,14 @@ from offload_adam.sharded_optimizer.execution import Execution
 from offload_adam.sharded_optimizer.state_access import StateAccess
 from offload_adam.state.load_plan import copy_all, plan_load
 from offload_adam.state.state_edits import StateEdits
-from offload_adam.state.state_shard import coded_state, local_state
+from offload_adam.state.state_shard import local_state
 from offload_adam.step.backward_hooks import BackwardHooks
 from offload_adam.step.build import Backend, Storage
 from offload_adam.step.step import ShardedAdam
+
+# Planes of state that have values before anything was loaded: there is no code for 0. The scale of
+# a second moment in codes is 0 until then.
+_NEVER_ZERO = ("master_weight", SCALED_KEY)
 
 
 def shards_later() -> bool:
@@ -228,9 +233,9 @@ class FollowsModel(StateAccess):
             for parameter, index in self._index_of.items()
         }
         return {
-            parameter: entry | coded_state(*core.bucket_and_position(self._index_of[parameter]))
+            parameter: entry
             for parameter, entry in entries.items()
-            if any(bool(value.any()) for key, value in entry.items() if key != "master_weight")
+            if any(bool(value.any()) for key, value in entry.items() if key not in _NEVER_ZERO)
         }
 
     def _check_same_ranges(

@@ -15,12 +15,14 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from offload_adam import (
     Adam,
     OffloadAdam,
+    OffloadPolicy,
     ParameterReplacedError,
     UnreadyParameterError,
     load_checkpoint,
     save_checkpoint,
 )
 from offload_adam.gradients.stand_in import StandIn
+from offload_adam.options import StateFormat
 from offload_adam.torch_private import make_wrapper_subclass, no_torch_function
 from tests.unit.overlap.lazy_worker import LazyOffloading
 
@@ -305,23 +307,45 @@ def test_reads_that_skip_hooks_are_found_after_a_cast(caplog: pytest.LogCaptureF
     assert caplog.text.count("From now on, step() itself waits") == 1
 
 
-def test_state_that_was_loaded_before_the_move_is_kept() -> None:
+@pytest.mark.parametrize("state_format", ["fp32", "bf16", "int8"])
+def test_state_that_was_loaded_before_the_move_is_kept(state_format: StateFormat) -> None:
     first = make_model()
-    trained = OffloadAdam(first.parameters(), lr=1e-2)
+    trained = OffloadAdam(first.parameters(), lr=1e-2, state_format=state_format)
     train(first, trained)
     saved = trained.full_state_dict()
 
     model, expected = make_model(), cast(make_model())
-    optimizer = OffloadAdam(model.parameters(), lr=1e-2)
+    optimizer = OffloadAdam(model.parameters(), lr=1e-2, state_format=state_format)
     optimizer.load_state_dict(saved)
     optimizer.num_steps = 3
     cast(model)
-    oracle = OffloadAdam(expected.parameters(), lr=1e-2)
+    oracle = OffloadAdam(expected.parameters(), lr=1e-2, state_format=state_format)
     oracle.load_state_dict(saved)
     train(model, optimizer)
     train(expected, oracle)
     assert_same(model, expected)
     assert optimizer.num_steps == 6
+
+
+@pytest.mark.parametrize("state_format", ["bf16", "mixed", "int8"])
+def test_state_that_was_not_loaded_may_have_other_ranges_after_the_move(
+    state_format: StateFormat,
+) -> None:
+    """Buckets of half as many bytes hold other parameters."""
+    model, expected = make_model(), cast(make_model())
+    options: dict[str, Any] = {
+        "lr": 1e-2,
+        "state_format": state_format,
+        "offload": OffloadPolicy(bucket_nbytes=1000),
+    }
+    optimizer = OffloadAdam(model.parameters(), **options)
+    before = [state.layout.numel for state in optimizer._alive().states]
+    cast(model)
+    oracle = OffloadAdam(expected.parameters(), **options)
+    train(model, optimizer)
+    train(expected, oracle)
+    assert_same(model, expected)
+    assert [state.layout.numel for state in optimizer._alive().states] != before
 
 
 def test_a_parameter_that_cannot_be_trained_after_the_move_is_rejected_and_can_be_moved_back() -> (
