@@ -13,7 +13,7 @@ from offload_adam.kernels import adam, threads
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.kernels.scalars import scalar_row
 from offload_adam.layout.flat import BLOCK_NUMEL
-from offload_adam.options import StateFormat
+from offload_adam.options import CODED_FORMATS, StateFormat
 
 _NUMEL = 8 * 1024
 """Elements of each tensor. All together they have at most 128 KiB, which fits into the L2 cache."""
@@ -28,7 +28,7 @@ def updates_per_s(state_format: StateFormat) -> float:
     This is the highest speed of the kernel with one thread, for any memory bandwidth.
     """
     is_split = state_format != "fp32"
-    has_codes = state_format in ("mixed", "int8")
+    has_codes = state_format in CODED_FORMATS
     param_format = None if is_split else FloatFormat.BFLOAT16
     adam.compile_kernel(
         FloatFormat.BFLOAT16, param_format, False, state_format, split_master=is_split

@@ -29,7 +29,10 @@ from offload_adam.kernels.codes import (
     AVG_CARRY,
     AVG_MIN_EXPONENT,
     AVG_OCTAVES,
+    AVG_SHIFT,
+    CODE_SHIFT,
     FIRST_CODE,
+    LARGEST_MAGNITUDE,
     SQ_MAX_EXPONENT,
     SQ_MIN_EXPONENT,
 )
@@ -43,9 +46,6 @@ _END = 2.0 ** (SQ_MAX_EXPONENT - 126)
 
 _SQ_STEPS = 8  # of an octave
 _AVG_STEPS = 16
-_SQ_SHIFT = 20  # bits of a float32 below the mantissa of a code
-_AVG_SHIFT = 19
-_AVG_MAX = 127
 _BIAS = 127  # of a float32's exponent
 
 
@@ -173,10 +173,10 @@ def _blocks(flat: torch.Tensor) -> torch.Tensor:
 
 def _decode_first(codes: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
     exponent_bits = exponents.to(torch.int32).unsqueeze(1) << 23
-    magnitudes = (codes & _AVG_MAX).to(torch.int32) << _AVG_SHIFT
+    magnitudes = (codes & LARGEST_MAGNITUDE).to(torch.int32) << AVG_SHIFT
     smallest = exponent_bits.view(torch.float32)
     values = (exponent_bits + magnitudes).view(torch.float32) - smallest
-    return torch.where(codes > _AVG_MAX, -values, values).bfloat16().view(-1)
+    return torch.where(codes > LARGEST_MAGNITUDE, -values, values).bfloat16().view(-1)
 
 
 def _encode_first(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -204,21 +204,21 @@ def _is_exact(codes: torch.Tensor, exponents: torch.Tensor, values: torch.Tensor
 def _first_codes(values: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
     wide = exponents.to(torch.int32).unsqueeze(1)
     sums = (values.abs() + (wide << 23).view(torch.float32)).view(torch.int32)
-    magnitudes = ((sums + (1 << (_AVG_SHIFT - 1))) >> _AVG_SHIFT) - _AVG_STEPS * wide
+    magnitudes = ((sums + (1 << (AVG_SHIFT - 1))) >> AVG_SHIFT) - _AVG_STEPS * wide
     signs = torch.signbit(values).to(torch.uint8) << 7
     return magnitudes.to(torch.uint8) | signs
 
 
 def _decode_second(codes: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
     shifts = exponents.to(torch.int32).unsqueeze(1) - _BIAS
-    bits = (codes.to(torch.int32) + FIRST_CODE << _SQ_SHIFT) + (shifts << 23)
+    bits = (codes.to(torch.int32) + FIRST_CODE << CODE_SHIFT) + (shifts << 23)
     return bits.view(torch.float32).bfloat16().view(-1)
 
 
 def _encode_second(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Encode (blocks, 128) float32; return (n,) codes and (blocks,) exponents."""
     bits = values.view(torch.int32)
-    rounded = (bits + (1 << (_SQ_SHIFT - 1))) >> _SQ_SHIFT
+    rounded = (bits + (1 << (CODE_SHIFT - 1))) >> CODE_SHIFT
     exponents = (rounded.amax(dim=1) >> 3).clamp(SQ_MIN_EXPONENT, SQ_MAX_EXPONENT)
     lowest = FIRST_CODE + _SQ_STEPS * (exponents - _BIAS)
     codes = (rounded - lowest.unsqueeze(1)).clamp(0, 255)
