@@ -3,6 +3,8 @@
 .grad --pack--> slot --reduce--> pieces --D2H copy--> shard                 copied straight
                                                 `---> host buffer --fold--> shard
 
+Without packing, the D2H copy packs small pieces itself, see `packed_copies`.
+
 If an accumulator sums several backwards of a step, the fold adds to it instead of to the shard. A
 shard that receives direct copies is then the host buffer of its bucket.
 """
@@ -12,13 +14,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
 from offload_adam.coordinator.ranks import RankGroup
+from offload_adam.gradients.packed_copies import PackedCopies, Piece, arrived_pieces
 from offload_adam.gradients.segments import BucketGradients
-from offload_adam.layout.budget import NUM_FOLD_BUFFERS
+from offload_adam.layout.budget import NUM_FOLD_BUFFERS, packed_nbytes
 from offload_adam.layout.schedule import Lane, Operation, Schedule
 from offload_adam.memory.arena import HostArena, padded_nbytes
 from offload_adam.params.bucket import BucketState
@@ -34,21 +37,6 @@ class Fold(Protocol):
     """Function that casts gradients into a part of a shard in host memory, or adds them to it."""
 
     def __call__(self, shard: torch.Tensor, source: torch.Tensor, *, adds: bool) -> None: ...
-
-
-class Piece(NamedTuple):
-    """One range of a shard, starting at `start`, and the tensor with its gradient.
-
-    adds: add to the values in the shard instead of overwriting them.
-    """
-
-    source: torch.Tensor
-    start: int
-    adds: bool
-
-    def of(self, shard: torch.Tensor) -> torch.Tensor:
-        """Return this range of a plane of the shard."""
-        return shard[self.start : self.start + self.source.numel()]
 
 
 @dataclass
@@ -92,9 +80,9 @@ class GradientTransfer:
     Attributes:
         fold: set with the first bucket whose state is in host memory.
 
-    Owns: the pool of slots for averaged buckets that use no ring, and two host buffers for each
-        dtype of gradients that are not copied directly. The buffers are used in turn: one copy may
-        start while the previous one is finished.
+    Owns: the pool of slots for averaged buckets that use no ring, the slots of `PackedCopies`, and
+        two host buffers for each dtype of gradients that are not copied directly. The buffers are
+        used in turn: one copy may start while the previous one is finished.
     """
 
     def __init__(
@@ -116,6 +104,7 @@ class GradientTransfer:
         self._stream_waits = stream_waits
         self._rings = rings
         self.slots = SlotPool()
+        self._packed = PackedCopies()
         self.fold: Fold | None = None
         self._make_arena = make_arena
         self._buffers: dict[torch.dtype, list[torch.Tensor]] = {}
@@ -132,7 +121,8 @@ class GradientTransfer:
     @property
     def slot_nbytes(self) -> Mapping[torch.device, int]:
         """Bytes of the slots into which gradients are packed, by device."""
-        return Counter(self.slots.nbytes) + Counter(self._rings.reduction_nbytes)
+        pooled, rings = Counter(self.slots.nbytes), Counter(self._rings.reduction_nbytes)
+        return pooled + rings + Counter(self._packed.nbytes)
 
     def allocate(self, states: Sequence[BucketState], schedule: Schedule) -> None:
         """Allocate the buffers that these buckets need, and reserve their slots.
@@ -149,6 +139,7 @@ class GradientTransfer:
                 )
             if plan.gradient.averaged:  # with a ring, only gradients that are added use the pool
                 self.slots.reserve(bucket.numel, state.gradient_dtype, state.device)
+            self._packed.reserve(packed_nbytes(plan), state.device)
             if plan.is_offloaded and not plan.copies_directly:
                 self._fit_buffers(state.gradient_dtype, bucket.shard_numel, self._make_arena)
 
@@ -198,14 +189,14 @@ class GradientTransfer:
             # Only this rank's part: FSDP2 has averaged the gradients on all replicas of HSDP, which
             # divide the state.
             low, high = state.layout.shard_bounds(state.rank)
-            pieces = [Piece(slot[low:high], 0, adds)]
+            pieces = [Piece(slot[low:high], 0, high - low, adds)]
             return GradientCopy(state, gradients, pieces, complete=True, accumulator=accumulator)
         # The collective reads the slot, so its stream waits until the compute stream has packed it.
         self._stream_waits.wait_before(Operation.REDUCE, number)
         streams = self._stream_waits.streams_of(number)
         pending = self._collectives.mean(streams, slot, state.layout.shard_bounds(state.rank))
         self._stream_waits.record(Operation.REDUCE, number)
-        pieces = [Piece(pending.shard, 0, adds)]
+        pieces = [Piece(pending.shard, 0, state.layout.shard_numel, adds)]
         return GradientCopy(
             state, gradients, pieces, True, pending, pooled, accumulator=accumulator
         )
@@ -242,11 +233,17 @@ class GradientTransfer:
             accumulator: see `GradientCopy`.
         """
         pieces = []
+        adds = gradients.dense.tolist()
+        follows = False
         for position, parameter_start, shard_start, numel in state.segments.each:
             tensor = tensors[position]
             if tensor is not None:
-                source = in_memory_order(tensor)[parameter_start : parameter_start + numel]
-                pieces.append(Piece(source, shard_start, bool(gradients.dense[position])))
+                source = in_memory_order(tensor)
+                if numel < source.numel():
+                    source = source[parameter_start : parameter_start + numel]
+                shard_end = shard_start + numel
+                pieces.append(Piece(source, shard_start, shard_end, adds[position], follows))
+            follows = tensor is not None  # else the shard has a segment between the two pieces
         if not pieces:
             return None
         # The D2H copy waits for PACK if the plan packs. Nothing is packed here, so record that
@@ -346,7 +343,7 @@ class GradientTransfer:
                     buffer = copy.host_buffer
                     pieces = copy.pieces
                     if buffer is not None:
-                        pieces = [piece._replace(source=piece.of(buffer)) for piece in pieces]
+                        pieces = arrived_pieces(pieces, buffer)
                     self._fold(state, pieces, target)
         finally:
             self._filling.discard(number)
@@ -358,19 +355,21 @@ class GradientTransfer:
         copy.pieces.clear()  # frees gradients that were not packed
 
     def _issue(self, copy: GradientCopy, target: torch.Tensor) -> None:
-        """Copy the pieces to their ranges of `target` on the D2H stream."""
+        """Copy the pieces to their ranges of `target` on the D2H stream, small ones together."""
         number = copy.state.layout.index
         if target is copy.state.planes.gradient_shard:
             self._filling.add(number)
         pieces = list(copy.pieces)
+        sources = [piece.source for piece in pieces]
+        slot = self._packed.slot(copy.state.device)
 
         def issue() -> None:
-            for piece in pieces:
-                piece.of(target).copy_(piece.source, non_blocking=True)
+            self._packed.copy(pieces, target, slot)
 
-        sources = [piece.source for piece in pieces]
         # The D2H stream first waits for the reduction, or for backward if nothing is reduced.
-        self._stream_waits.run(Operation.COPY_D2H, number, issue, reads=sources, writes=[target])
+        self._stream_waits.run(
+            Operation.COPY_D2H, number, issue, reads=sources, writes=[slot, target]
+        )
         copy.is_issued = True
 
     def _move_to_accumulator(self, copy: GradientCopy) -> None:
@@ -378,7 +377,9 @@ class GradientTransfer:
         gradients, accumulator = copy.gradients, copy.accumulator
         if accumulator is not None and gradients.shard is not accumulator:
             parts = gradients.held_parts(copy.state)
-            pieces = [Piece(source, start, adds=False) for source, start in parts]
+            pieces = [
+                Piece(source, start, start + source.numel(), adds=False) for source, start in parts
+            ]
             self._fold(copy.state, pieces, accumulator)
             gradients.move_to(accumulator)
 
@@ -392,9 +393,12 @@ class GradientTransfer:
             return
 
         def fold() -> None:
+            copied = [piece for piece in pieces if not piece.adds]
+            if copied:
+                foreach_copy([p.of(shard) for p in copied], [p.source for p in copied])
             for piece in pieces:
-                part = piece.of(shard)
-                part.add_(piece.source) if piece.adds else part.copy_(piece.source)
+                if piece.adds:
+                    piece.of(shard).add_(piece.source)
 
         streams = self._stream_waits.streams_of(state.layout.index)
         sources = [piece.source for piece in pieces]

@@ -16,6 +16,7 @@ from offload_adam.layout.budget import (
     Category,
     accumulator_nbytes,
     block_sums_nbytes,
+    packed_nbytes,
     plane_nbytes,
     snapshot_buffer_nbytes,
 )
@@ -113,7 +114,7 @@ def _gradients(plans: Sequence[StatePlan], training: Training) -> int:
 
 
 def _slots(plans: Sequence[StatePlan], training: Training) -> int:
-    """Return the bytes of the slots in which gradients are packed: of rings and of a pool."""
+    """Return the bytes of the slots in which gradients are packed: rings, a pool, small ones."""
     in_ring = [plan for plan in plans if plan.uses_ring]
     rings = ring_nbytes(in_ring, _slot_nbytes, num_slots=NUM_REDUCE_SLOTS)
     # Gradients that are added to those of an earlier backward never use a ring.
@@ -122,7 +123,8 @@ def _slots(plans: Sequence[StatePlan], training: Training) -> int:
     # Buckets that the host casts or accumulates may all have a slot: none waits for a free one.
     num_folded = sum(plan.is_offloaded for plan in pooled)
     in_flight = num_folded + min(len(pooled) - num_folded, NUM_SLOTS_IN_FLIGHT)
-    return rings + in_flight * max(map(_slot_nbytes, pooled), default=0)
+    of_pool = in_flight * max(map(_slot_nbytes, pooled), default=0)
+    return rings + of_pool + max(map(packed_nbytes, plans), default=0)
 
 
 def _slot_nbytes(plan: StatePlan) -> int:

@@ -192,11 +192,14 @@ class UpdateTasks:
 
 
 def _runs(state: BucketState, active: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """Return the (start, end) of each active parameter in the shard; one run if all are active.
+    """Return the (start, end) of each run of active parameters that are neighbours in the shard.
 
-    A shard that is only padding has no runs.
+    A run includes the padding between its parameters. A shard that is only padding has no runs.
     """
-    if active.all() and state.segments.each:
-        return [(0, state.layout.shard_numel)]
-    segments = state.segments.select(active)
-    return [(segment.shard_start, segment.shard_start + segment.numel) for segment in segments]
+    segments = state.segments
+    rows = np.flatnonzero(active[segments.positions])
+    first = np.diff(rows, prepend=-2) > 1
+    last = np.append(first[1:], True)[: rows.size]
+    starts = segments.shard_starts[rows[first]]
+    ends = (segments.shard_starts + segments.numels)[rows[last]]
+    return list(zip(starts.tolist(), ends.tolist(), strict=True))

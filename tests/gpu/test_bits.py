@@ -42,6 +42,25 @@ def test_every_option_gives_the_bits_of_the_cpu(
     optimizer.close()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"module": None},
+        {"module": None, "pin": "staging"},
+        {"module": None, "bucket_nbytes": 1 << 30},
+        {"accumulate": "host", "bucket_nbytes": 1 << 30},
+    ],
+    ids=str,
+)
+def test_gradients_that_are_packed_for_their_copy_give_the_bits_of_the_cpu(
+    expected: list[dict[str, torch.Tensor]], options: dict[str, Any]
+) -> None:
+    model, optimizer = make("cuda", **options)
+    train(model, optimizer, range(NUM_STEPS), "cuda")
+    assert_same_bits(bits(model, optimizer), expected)
+    optimizer.close()
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("pin", ["all", "staging"])
 @pytest.mark.parametrize("state_format", ["bf16", "mixed", "int8"])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
+from offload_adam import OffloadAdam
 from offload_adam.memory.arena import HostArena
 from offload_adam.memory.pinning import CudaRuntime, PinError
 from tests.gpu.layers import gradients_of, make, train
@@ -82,8 +85,31 @@ def test_nothing_is_allocated_after_the_first_steps(overlap: bool) -> None:
     assert psutil.Process().memory_info().rss - resident < 2 * 2**20
 
 
-def test_backward_never_waits_for_the_device() -> None:
-    model, optimizer = make("cuda", overlap=True)
+def test_small_gradients_share_copies_and_allocate_nothing() -> None:
+    parameters = [
+        torch.nn.Parameter(torch.zeros(64, dtype=torch.bfloat16, device="cuda"))
+        for _ in range(2000)
+    ]
+    optimizer = OffloadAdam(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    optimizer.step()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        optimizer.step()
+        torch.cuda.synchronize()
+    names = [event.name for event in profiler.events()]
+    for kind in ("Memcpy DtoH", "Memcpy HtoD"):
+        # One of gradients or parameters. The step also compares parameters with their masters.
+        assert 1 <= sum(kind in name for name in names) < 10
+    optimizer.close()
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": "host"}], ids=str)
+def test_backward_never_waits_for_the_device(options: dict[str, Any]) -> None:
+    model, optimizer = make("cuda", overlap=True, **options)
     train(model, optimizer, range(3), "cuda")
     for step in range(3, 6):
         loss = model(gradients_of(model, step, "cuda"))

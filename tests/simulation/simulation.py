@@ -33,6 +33,7 @@ from tests.simulation.watched import (
     name_tasks,
     watch_folds,
     watch_order,
+    watch_packing,
     watch_staging,
 )
 from tests.support.cuda_runtime import StandInRuntime
@@ -151,6 +152,7 @@ class Simulation:
         tasks = self.core.tasks
         tasks.updates = cast(Any, [WatchedUpdate(one, self.machine) for one in tasks.updates])
         watch_folds(self.core.transfer, self.machine)
+        watch_packing(self.core.transfer)
         watch_staging(tasks, self.machine)
         name_tasks(self.core.stream_waits, self.machine)
         watch_order(self.core, self.wrong)

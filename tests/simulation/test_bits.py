@@ -30,7 +30,14 @@ STAGING: Kind = (Operation.UPDATE, Operation.COPY_H2D)
 REDUCTION: Kind = (Operation.PACK, Operation.COPY_D2H)
 LOW_PRECISION: dict[str, Any] = {"state_format": "bf16", "offload_fraction": 1.0}
 CODES: dict[str, Any] = LOW_PRECISION | {"state_format": "int8"}
+# Several parameters of each bucket are packed before their D2H copy.
+PACKED: dict[str, Any] = {"bucket_nbytes": 6000, "world_size": 1}
 OTHER_OPTIONS: dict[str, dict[str, Any]] = {
+    "packed, accumulated": PACKED | {"accumulates": True},
+    "packed, accumulated later": PACKED | {"accumulates_later": True, "accumulates": False},
+    "packed, staging": PACKED | {"pin": "staging", "dtype": "all"},
+    "packed, sequential": PACKED | {"pin": "none", "overlaps": False},
+    "packed, FSDP2": PACKED | {"pin": "staging", "world_size": 2, "sharding": "FSDP2"},
     "fp16": {"dtype": "fp16"},
     "host": {"on_device": False},
     "sequential": {"overlaps": False},

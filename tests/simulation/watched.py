@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from offload_adam.gradients.gradient_transfer import GradientTransfer
+from offload_adam.gradients.packed_copies import Piece
 from offload_adam.gradients.segments import BucketGradients
 from offload_adam.layout.schedule import Lane, Operation, Task
 from offload_adam.params.bucket import BucketState
@@ -118,6 +119,17 @@ def watch_folds(transfer: GradientTransfer, machine: Machine) -> None:
             poison(source)
 
     transfer.fold = watched
+
+
+def watch_packing(transfer: GradientTransfer) -> None:
+    """Fill the slot of small gradients with NaN after each copy: no copy may read older values."""
+    copy = transfer._packed.copy
+
+    def watched(pieces: Iterable[Piece], target: torch.Tensor, slot: torch.Tensor) -> None:
+        copy(pieces, target, slot)
+        slot.fill_(255)  # NaN in every dtype
+
+    transfer._packed.copy = watched  # type: ignore[method-assign]
 
 
 def watch_staging(tasks: UpdateTasks, machine: Machine) -> None:
