@@ -55,19 +55,17 @@ def differing(state: BucketState) -> list[int]:
     Cost: reads this rank's shard of parameters and masters once, and copies the parameters from the
         device if the state is on the host.
     """
-    if state.own_master or all(
-        _equal(*piece) for piece in _pieces(state.planes.master_weight, state.shard)
-    ):
+    if state.own_master:
         return []
-    return [
-        position
-        for position, master, parameter in _segments(state)
-        if any(
+    found: set[int] = set()
+    start = 0
+    for part, given in _pieces(state.planes.master_weight, state.shard):
+        if not _equal(part, given):
             # The kernels keep a NaN's payload, torch does not.
-            bool((_differs(part, given) & ~(part.isnan() & given.isnan())).any())
-            for part, given in _pieces(master, parameter)
-        )
-    ]
+            differs = _differs(part, given) & ~(part.isnan() & given.isnan())
+            found |= _positions_at(state, start + differs.nonzero().flatten())
+        start += part.numel()
+    return sorted(found)
 
 
 def sample_differs(state: BucketState, turn: int) -> bool:
@@ -80,13 +78,33 @@ def sample_differs(state: BucketState, turn: int) -> bool:
     """
     if state.own_master:
         return False
-    master, parameter = state.planes.master_weight, state.shard
-    stride = parameter.numel() // BLOCK_NUMEL // _SAMPLE_BLOCKS
-    if stride > 1:
-        chosen = slice(turn % stride, None, stride)
-        master = master.view(-1, BLOCK_NUMEL)[chosen]
-        parameter = parameter.view(-1, BLOCK_NUMEL)[chosen]
-    return not _equal(master, parameter.to(master.device))
+    stride = max(1, state.shard.numel() // BLOCK_NUMEL // _SAMPLE_BLOCKS)
+    first = turn % stride
+    master, parameter = (
+        tensor.view(-1, BLOCK_NUMEL)[first::stride]
+        for tensor in (state.planes.master_weight, state.shard)
+    )
+    parameter = parameter.to(master.device)
+    if _equal(master, parameter):
+        return False
+    rows, columns = _differs(master, parameter).nonzero(as_tuple=True)
+    return bool(_positions_at(state, (first + rows * stride) * BLOCK_NUMEL + columns))
+
+
+def _positions_at(state: BucketState, elements: torch.Tensor) -> set[int]:
+    """Return the positions of the parameters at these elements of this rank's shard.
+
+    Padding belongs to none. There a copy from a staging slot leaves what another bucket has written
+    to the slot, so parameters on a device may differ from their masters in it.
+
+    Args:
+        elements: (n,) int64.
+    """
+    segments, indices = state.segments, elements.cpu().numpy()
+    rows = np.searchsorted(segments.shard_starts, indices, side="right") - 1
+    rows, indices = rows[rows >= 0], indices[rows >= 0]
+    inside = indices < (segments.shard_starts + segments.numels)[rows]
+    return set(segments.positions[rows[inside]].tolist())
 
 
 def _segments(state: BucketState) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:

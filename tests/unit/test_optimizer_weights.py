@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from offload_adam import Adam, OffloadAdam, OffloadPolicy, ParameterReplacedError
-from offload_adam.step.external_edits import sample_differs
+from offload_adam.step.external_edits import differing, sample_differs
 from tests.support.devices import HOST_AS_DEVICE
 
 
@@ -270,6 +271,34 @@ def test_samples_visit_every_block() -> None:
         found = [sample_differs(state, turn) for turn in range(5)]
         assert found.count(True) == 1
         parameter.data.zero_()
+
+
+def test_padding_is_not_compared() -> None:
+    """Buckets share staging slots, so that H2D copies fill the padding of parameters."""
+    sizes = [300, 400, 100, 500, 333, 128, 257, 5000]
+    parameters = [torch.nn.Parameter(torch.ones(n, dtype=torch.bfloat16)) for n in sizes]
+    optimizer = OffloadedAdam(parameters, offload=OffloadPolicy(bucket_nbytes=3000))
+    for _ in range(3):
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    states = optimizer._alive().states
+    gaps = [
+        state.flat[one.end : other.start]
+        for state in states
+        for one, other in pairwise(state.layout.placements)
+    ]
+    assert torch.cat(gaps).any()
+    assert [sample_differs(state, 0) for state in states] == [False] * len(states)
+    assert [differing(state) for state in states] == [[]] * len(states)
+    for state in states:
+        for position, placed in enumerate(state.layout.placements):
+            for element in (placed.start, placed.end - 1):
+                before = float(state.flat[element])
+                state.flat[element] = 7.0
+                assert sample_differs(state, 0)
+                assert differing(state) == [position]
+                state.flat[element] = before
 
 
 def test_buckets_are_sampled_in_turns() -> None:
