@@ -180,8 +180,22 @@ foreach_copy: Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], None] =
 the public `Tensor.copy_` takes one kernel for each.
 """
 
-# Used by the benchmark only.
+foreach_add: Callable[..., None] = _find("torch", "_foreach_add_")
+"""Add the second tensors times `alpha` to the first ones, in a few kernels for all of them."""
+
+foreach_norm: Callable[..., tuple[torch.Tensor, ...]] = _find("torch", "_foreach_norm")
+"""Return the norms of tensors as 0-d tensors, from (tensors, order, dtype).
+
+On a GPU its kernel reads each element once and adds in `dtype`. The public
+`torch.linalg.vector_norm(..., dtype=...)` first writes a copy of the tensor in that dtype.
+"""
+
 fused_adamw: Callable[..., None] = _find("torch", "_fused_adamw_")
+"""Take a step of AdamW; see `torch.optim.AdamW(fused=True)`. Tensors of all lists have one dtype.
+
+Without `grad_scale` and `found_inf`, gradients are only read. The steps are float32 on the device.
+Since torch 2.11, the kernel for GPUs rounds all scalars to float32 first.
+"""
 
 # A `__torch_dispatch__` sees these operators, which casts and gradient clipping call. The stand-ins
 # for streamed gradients handle them.

@@ -248,11 +248,10 @@ class Executor:
 
     def sums_of_squares(self, gradients: Sequence[BucketGradients]) -> list[float]:
         """Return the sum of squares of each bucket's gradients on this rank, in float64."""
+        # First the buckets on a device: this thread waits for the device while the worker still
+        # finishes copies.
+        self._tasks.sum_on_devices(self._numbers(on_host=False), gradients)
         if self._worker is not None:
-            # First the buckets on a device: this thread waits for the device while the worker still
-            # finishes copies.
-            for number in self._numbers(on_host=False):
-                self._tasks.sum_of_squares(number, gradients[number])
             on_host = self._numbers(on_host=True)
             self.run_on_worker(
                 "norm", lambda: [self._tasks.sum_of_squares(n, gradients[n]) for n in on_host]

@@ -92,6 +92,11 @@ class Decision:
     clip_factor: float
     gradient_scale: float
 
+    @property
+    def largest_gradient(self) -> float:
+        """A bound of all gradient elements times `gradient_scale`: the norm of all of them."""
+        return abs(self.total_norm) * self.clip_factor
+
 
 def decide(agreement: Agreement, max_norm: float | None, factor: float = 1.0) -> Decision:
     """Decide from the agreement alone whether to skip, and compute the scale in float64.
@@ -120,6 +125,8 @@ class UpdateInputs:
     step: step count of all parameters, including this step; None if each parameter counts its own
         updates.
     lazy: a sparse gradient updates only the rows that it has entries for.
+    largest_gradient: no gradient element times `gradient_scale` is larger.
+    state_writes: see `ExternalEdits`.
     """
 
     active: npt.NDArray[np.bool_]
@@ -127,6 +134,8 @@ class UpdateInputs:
     gradient_scale: float
     step: int | None = None
     lazy: bool = False
+    largest_gradient: float = math.inf
+    state_writes: int = 0
 
     def count_step(
         self, state: BucketState, active: npt.NDArray[np.bool_]

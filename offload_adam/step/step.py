@@ -478,7 +478,13 @@ class ShardedAdam:
         # Before the updates write to the parameters; `bump_versions` explains why.
         self.external_edits.bump_versions(active)
         update_inputs = UpdateInputs(
-            active, inputs.hyperparameters, decision.gradient_scale, inputs.step, inputs.lazy
+            active,
+            inputs.hyperparameters,
+            decision.gradient_scale,
+            inputs.step,
+            inputs.lazy,
+            decision.largest_gradient,
+            self.external_edits.state_writes,
         )
         self.is_half_applied = True  # stays True if an error or Ctrl-C ends `apply` early
         self.executor.apply(self.reduction.gradients, update_inputs, stopwatch)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ from offload_adam.gradients.segments import BucketGradients
 from offload_adam.layout.schedule import Operation, Schedule
 from offload_adam.params.bucket import BucketState
 from offload_adam.spans import Stopwatch
+from offload_adam.step.device_norm import wait_for_squares
 from offload_adam.step.device_update import DeviceUpdate
 from offload_adam.step.host_update import HostUpdate
 from offload_adam.step.messages import UpdateInputs
@@ -71,6 +73,16 @@ class UpdateTasks:
             state = self.states[number]
             gradients.squares = self.updates[number].sum_of_squares(state, gradients)
         return gradients.squares
+
+    def sum_on_devices(self, numbers: Iterable[int], gradients: Sequence[BucketGradients]) -> None:
+        """Compute `sum_of_squares` of buckets with state on devices; wait once for each device."""
+        missing = [number for number in numbers if gradients[number].squares is None]
+        started = [
+            cast(DeviceUpdate, self.updates[n]).start_norms(self.states[n], gradients[n])
+            for n in missing
+        ]
+        for number, squares in zip(missing, wait_for_squares(started), strict=True):
+            gradients[number].squares = float(squares.sum())
 
     def non_finite(self, number: int, gradients: BucketGradients) -> npt.NDArray[np.int64]:
         """Return the indices of a bucket's parameters with a non-finite gradient on this rank."""

@@ -15,6 +15,8 @@ from offload_adam.gradients.packed_copies import Piece
 from offload_adam.gradients.segments import BucketGradients
 from offload_adam.layout.schedule import Lane, Operation, Task
 from offload_adam.params.bucket import BucketState
+from offload_adam.step.device_norm import DeviceNorms
+from offload_adam.step.device_update import DeviceUpdate
 from offload_adam.step.host_update import HostUpdate
 from offload_adam.step.messages import UpdateInputs
 from offload_adam.step.step import ShardedAdam
@@ -41,6 +43,11 @@ class WatchedUpdate:
     def sum_of_squares(self, state: BucketState, gradients: BucketGradients) -> float:
         self._look("sum of squares", state, gradients)
         return self._inner.sum_of_squares(state, gradients)
+
+    def start_norms(self, state: BucketState, gradients: BucketGradients) -> DeviceNorms:
+        self._look("sum of squares", state, gradients)
+        assert isinstance(self._inner, DeviceUpdate)
+        return self._inner.start_norms(state, gradients)
 
     def squares_by_position(
         self, state: BucketState, gradients: BucketGradients

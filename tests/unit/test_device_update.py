@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import fields
 
@@ -12,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.kernels.scalars import Hyperparameters
-from offload_adam.step.device_update import DeviceSegments, foreach_update, sum_of_squares
+from offload_adam.step.foreach_update import DeviceSegments, foreach_update
+from tests.support.dispatched import Dispatched
 from tests.support.kernel_reference import ReferenceState, reference_update, round_to
 from tests.unit.kernel_cases import MODES
 
@@ -155,60 +154,14 @@ def test_the_16_bit_parameter_is_the_master_weight_rounded(
 
 def test_without_segments_nothing_happens() -> None:
     foreach_update(DeviceSegments([], [], [], []), MODES["adam"], 1, 1.0)
-    assert sum_of_squares([]) == 0.0
-    assert sum_of_squares([torch.zeros(0)]) == 0.0
-
-
-class LargestTensor(TorchDispatchMode):
-    """Counts operations, and the elements of the largest tensor that one returns anew."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.num_operations = 0
-        self.names: set[str] = set()
-        self.largest_numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        found = function(*args, **(kwargs or {}))
-        self.num_operations += 1
-        self.names.add(str(function))
-        if str(function).startswith("aten.empty"):
-            self.largest_numel = max(self.largest_numel, found.numel())
-        return found
 
 
 def test_temporaries_are_bounded_and_nothing_waits_for_the_device() -> None:
     segments = random_segments(np.random.default_rng(0), (5_000, 700, 3_000), torch.bfloat16)
-    with LargestTensor() as seen:
+    with Dispatched() as seen:
         foreach_update(segments, MODES["together"], 3, 1.0, run_numel=1_000)
     assert seen.largest_numel == 4 * 1_000
-    assert not [name for name in seen.names if "local_scalar" in name or "item" in name]
-    with LargestTensor() as seen:
-        sum_of_squares(segments.gradients, run_numel=1_000)
-    assert seen.largest_numel == 1_000
-    assert [name for name in seen.names if "local_scalar" in name]  # the one wait is seen
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("run_numel", [100, 1 << 20])
-def test_the_sum_of_squares_is_exact_to_float64(dtype: torch.dtype, run_numel: int) -> None:
-    rng = np.random.default_rng(0)
-    gradients = [torch.from_numpy(rng.normal(0, 50, n)).to(dtype) for n in (0, 1, 333, 1000)]
-    expected = math.fsum(float(x) ** 2 for gradient in gradients for x in gradient.tolist())
-    assert sum_of_squares(gradients, run_numel=run_numel) == pytest.approx(expected, rel=1e-13)
-
-
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_one_element_that_is_not_finite_shows_in_the_sum(dtype: torch.dtype, value: float) -> None:
-    gradients = [torch.ones(300, dtype=dtype), torch.ones(70, dtype=dtype)]
-    gradients[1][69] = value
-    assert not math.isfinite(sum_of_squares(gradients, run_numel=128))
-
-
-def test_the_largest_finite_gradients_have_a_finite_sum() -> None:
-    largest = torch.finfo(torch.float32).max
-    assert sum_of_squares([torch.full((4,), largest)]) == pytest.approx(4 * largest**2, rel=1e-15)
+    assert seen.num_waits == 0
 
 
 def one_segment(**changes: list[torch.Tensor]) -> DeviceSegments:

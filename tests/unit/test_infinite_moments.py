@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from offload_adam import Adam, OffloadAdam
 from offload_adam.kernels.scalars import Hyperparameters
-from offload_adam.step.device_update import DeviceSegments, foreach_update
+from offload_adam.step import device_update
+from offload_adam.step.foreach_update import LARGEST, DeviceSegments, foreach_update
 from tests.support.devices import HOST_AS_DEVICE
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -31,6 +32,7 @@ class Path(NamedTuple):
     make: Callable[[torch.nn.Parameter], Any]
     dtype: torch.dtype = torch.float32
     sparse: bool = False
+    fused: bool = False  # as on a GPU
 
 
 def offload(**options: Any) -> Callable[[torch.nn.Parameter], OffloadAdam]:
@@ -72,6 +74,11 @@ PATHS = {
     "device, lazy": Path(adam(OnDevice, use_lazy=True), sparse=True),
     "device, centralized": Path(centralized(OnDevice)),
     "device, loss scale below 1": Path(adam(OnDevice, loss_scale=1e-6)),
+    "fused": Path(adam(OnDevice), fused=True),
+    "fused, bf16": Path(adam(OnDevice), torch.bfloat16, fused=True),
+    "fused, amsgrad": Path(adam(OnDevice, use_amsgrad=True), fused=True),
+    "fused, decay": Path(adam(OnDevice, weight_decay=0.1), fused=True),
+    "fused, loss scale below 1": Path(adam(OnDevice, loss_scale=1e-6), fused=True),
 }
 
 
@@ -94,6 +101,13 @@ SIZES = st.sampled_from([0.0, 1.0, -1.0, 1e10, -1e18, 1e20, 1e30, -1e38, FLOAT32
 @settings(max_examples=15)
 def test_no_finite_gradient_makes_a_weight_nan(name: str, data: st.DataObject) -> None:
     path = PATHS[name]
+    with pytest.MonkeyPatch.context() as patch:
+        if path.fused:
+            patch.setattr(device_update, "FUSED_DEVICES", {"cpu"})
+        check_weights(path, data)
+
+
+def check_weights(path: Path, data: st.DataObject) -> None:
     parameter = torch.nn.Parameter(torch.ones(2, NUMEL // 2, dtype=path.dtype))
     optimizer = path.make(parameter)
     for _ in range(4):
@@ -161,3 +175,28 @@ def test_a_device_update_without_memory_keeps_an_infinite_second_moment() -> Non
     foreach_update(segments, hyper, 1, 1.0)
     torch.testing.assert_close(weight, torch.tensor([1.0, 0.99]))
     assert exp_avg_sq.tolist() == [torch.inf, 1.0]
+
+
+def test_a_loaded_infinite_first_moment_does_not_reach_a_weight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The fused kernel divides moments, and infinity by infinity is NaN."""
+    monkeypatch.setattr(device_update, "FUSED_DEVICES", {"cpu"})
+    parameter = torch.nn.Parameter(torch.ones(NUMEL))
+    optimizer = adam(OnDevice)(parameter)
+    parameter.grad = torch.ones(NUMEL)
+    for _ in range(2):  # also after a step that found only finite moments
+        optimizer.step()
+        saved = optimizer.state_dict()
+        for key in ("exp_avg", "exp_avg_sq"):
+            saved["state"][0][key] = saved["state"][0][key].clone()
+            saved["state"][0][key][::2] = torch.inf
+        optimizer.load_state_dict(saved)
+    before = parameter.detach().clone()
+    optimizer.step()
+    assert torch.equal(parameter[::2], before[::2])
+    assert bool((parameter[1::2] < before[1::2]).all())
+    state = optimizer.state[parameter]
+    assert bool(state["exp_avg_sq"][::2].isinf().all())
+    torch.testing.assert_close(state["exp_avg"][::2], torch.full((NUMEL // 2,), 0.9 * LARGEST))
+    optimizer.close()
