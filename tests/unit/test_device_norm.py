@@ -6,11 +6,14 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
-from offload_adam.step import device_norm
+from offload_adam import Adam, OffloadPolicy
+from offload_adam.step import device_norm, update_tasks
 from offload_adam.step.device_norm import start_norms, wait_for_squares
+from tests.support.devices import HOST_AS_DEVICE
 from tests.support.dispatched import Dispatched
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -71,3 +74,34 @@ def test_the_host_waits_once_for_all_tensors(monkeypatch: pytest.MonkeyPatch) ->
         np.add.at(sums, one.owners, squares)
         expected = [sum(x * x for x in tensor.tolist()) for tensor in group]
         np.testing.assert_allclose(sums, expected, rtol=1e-14)
+
+
+class OnDevice(Adam):
+    """`Adam` whose state is on a device."""
+
+    _backend = HOST_AS_DEVICE
+
+
+def test_a_step_waits_once_for_the_norms_of_all_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = [torch.nn.Parameter(torch.zeros(n)) for n in (300, 200, 500)]
+    optimizer = OnDevice(weights, offload=OffloadPolicy(bucket_nbytes=256))
+    waits: list[int] = []
+
+    def wait(started: Sequence[device_norm.DeviceNorms]) -> list[npt.NDArray[np.float64]]:
+        waits.append(len(started))
+        return wait_for_squares(started)
+
+    monkeypatch.setattr(update_tasks, "wait_for_squares", wait)
+    for size, weight in enumerate(weights, 1):
+        weight.grad = torch.full_like(weight, size)
+    optimizer.step()
+    assert waits == [3]
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.total_norm == pytest.approx(math.sqrt(300 + 4 * 200 + 9 * 500))
+    assert optimizer.last_step.non_finite == ()
+    weights[1].grad = torch.full_like(weights[1], math.nan)
+    optimizer.step()
+    assert waits == [3, 3]
+    assert optimizer.last_step is not None
+    assert len(optimizer.last_step.non_finite) == 1
+    optimizer.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.step.foreach_update import DeviceSegments, foreach_update
+from tests.support.device_segments import copied, wide
 from tests.support.dispatched import Dispatched
 from tests.support.kernel_reference import ReferenceState, reference_update, round_to
 from tests.unit.kernel_cases import MODES
@@ -49,16 +49,6 @@ def random_segments(
         squares() if amsgrad else None,
         None if param_out is None else [torch.zeros(n, dtype=param_out) for n in numels],
     )
-
-
-def copied(segments: DeviceSegments) -> DeviceSegments:
-    lists = (getattr(segments, field.name) for field in fields(segments))
-    return DeviceSegments(*(one and [tensor.clone() for tensor in one] for one in lists))
-
-
-def wide(tensors: Sequence[torch.Tensor]) -> Float64Array:
-    array: Float64Array = torch.cat(list(tensors)).double().numpy()
-    return array
 
 
 def expected_state(

@@ -6,8 +6,7 @@ A GPU's kernel has the same formula, and rounds no more often.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,45 +25,12 @@ from offload_adam.step.fused_update import (
     fused_scalars,
     fused_update,
 )
+from tests.support.device_segments import assert_within_bounds, copied, random_segments
 from tests.support.dispatched import Dispatched
-from tests.support.fused_bounds import assert_within_bounds
 from tests.support.kernel_reference import ReferenceState, reference_update, round_to
 from tests.unit.kernel_cases import MODES, hyperparameters
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def random_segments(
-    rng: np.random.Generator,
-    numels: Sequence[int],
-    dtype: torch.dtype = torch.float32,
-    *,
-    amsgrad: bool = False,
-    param_out: torch.dtype | None = None,
-    size: float = 1.0,
-) -> DeviceSegments:
-    """Return segments whose values of every kind spread over many magnitudes around `size`."""
-
-    def values(scale: float) -> list[torch.Tensor]:
-        spread = (rng.normal(0, scale, n) * np.exp2(rng.integers(-8, 9, n)) for n in numels)
-        return [torch.from_numpy(one).float() for one in spread]
-
-    def squares() -> list[torch.Tensor]:
-        return [one.square() for one in values(0.3 * size)]
-
-    return DeviceSegments(
-        [one.to(dtype) for one in values(size)],
-        values(1.0),
-        values(0.3 * size),
-        squares(),
-        squares() if amsgrad else None,
-        None if param_out is None else [torch.zeros(n, dtype=param_out) for n in numels],
-    )
-
-
-def copied(segments: DeviceSegments) -> DeviceSegments:
-    lists = (getattr(segments, field.name) for field in fields(segments))
-    return DeviceSegments(*(one and [tensor.clone() for tensor in one] for one in lists))
 
 
 def scalars_of(hyper: Hyperparameters, step: int = 3, scale: float = 1.0) -> FusedScalars:

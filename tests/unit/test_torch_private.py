@@ -243,9 +243,42 @@ def test_operators() -> None:
     target = [torch.zeros(2), torch.zeros(3)]
     torch_private.foreach_copy(target, [torch.ones(2), torch.ones(3)])
     assert all(bool(tensor.eq(1).all()) for tensor in target)
+    torch_private.foreach_add(target, [torch.ones(2), torch.ones(3)], alpha=3.0)
+    assert all(bool(tensor.eq(4).all()) for tensor in target)
+    large = torch.full((4,), 1e30, dtype=torch.bfloat16)
+    (norm,) = torch_private.foreach_norm([large], 2, torch.float64)
+    assert norm.dtype == torch.float64
+    assert norm.item() == 2 * large[0].item()
     assert torch.zeros(2).__reduce_ex__(2)[0] is torch_private.rebuild_tensor
     untyped = torch.zeros(2, dtype=torch.uint16)
     assert untyped.__reduce_ex__(2)[0] is torch_private.rebuild_untyped_tensor
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_the_fused_step_is_that_of_adamw(amsgrad: bool) -> None:
+    filled = [torch.full((20,), value) for value in (3.0, 0.5, 0.0, 0.0, 1.0)]
+    weight, gradient, exp_avg, exp_avg_sq, largest = filled
+    before = gradient.clone()
+    torch_private.fused_adamw(
+        [weight],
+        [gradient],
+        [exp_avg],
+        [exp_avg_sq],
+        [largest] if amsgrad else [],
+        [torch.full((), 2.0**62)],  # no bias correction
+        lr=0.1,
+        beta1=0.5,
+        beta2=0.75,
+        weight_decay=0.5,
+        eps=0.25,
+        amsgrad=amsgrad,
+        maximize=False,
+    )
+    assert torch.equal(gradient, before)
+    assert exp_avg.tolist() == [0.25] * 20
+    assert exp_avg_sq.tolist() == [0.0625] * 20
+    denominator = (1.0 if amsgrad else 0.25) + 0.25
+    torch.testing.assert_close(weight, torch.full((20,), 3 * 0.95 - 0.1 * 0.25 / denominator))
 
 
 def test_compiled_modules_are_told_apart() -> None:

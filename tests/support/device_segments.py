@@ -1,9 +1,9 @@
-"""The error bounds that `fused_update` states, checked against float64."""
+"""Segments of state on a device, and the error bounds that `fused_update` states."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,40 @@ Float64Array = npt.NDArray[np.float64]
 UNIT = 2.0**-24
 DENORMAL = 2.0**-148  # a few roundings of values below 2**-126
 DENORMAL_CHANGE = 2.0**-97  # the same, divided by the smallest denominator
+
+
+def random_segments(
+    rng: np.random.Generator,
+    numels: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    *,
+    amsgrad: bool = False,
+    param_out: torch.dtype | None = None,
+    size: float = 1.0,
+    device: str = "cpu",
+) -> DeviceSegments:
+    """Return segments whose values of every kind spread over many magnitudes around `size`."""
+
+    def values(scale: float) -> list[torch.Tensor]:
+        spread = (rng.normal(0, scale, n) * np.exp2(rng.integers(-8, 9, n)) for n in numels)
+        return [torch.from_numpy(one).float().to(device) for one in spread]
+
+    def squares() -> list[torch.Tensor]:
+        return [one.square() for one in values(0.3 * size)]
+
+    return DeviceSegments(
+        [one.to(dtype) for one in values(size)],
+        values(1.0),
+        values(0.3 * size),
+        squares(),
+        squares() if amsgrad else None,
+        None if param_out is None else [one.to(param_out) for one in values(1.0)],
+    )
+
+
+def copied(segments: DeviceSegments) -> DeviceSegments:
+    lists = (getattr(segments, field.name) for field in fields(segments))
+    return DeviceSegments(*(one and [tensor.clone() for tensor in one] for one in lists))
 
 
 def wide(tensors: Sequence[torch.Tensor]) -> Float64Array:
