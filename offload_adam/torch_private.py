@@ -194,7 +194,7 @@ fused_adamw: Callable[..., None] = _find("torch", "_fused_adamw_")
 """Take a step of AdamW; see `torch.optim.AdamW(fused=True)`. Tensors of all lists have one dtype.
 
 Without `grad_scale` and `found_inf`, gradients are only read. The steps are float32 on the device.
-Since torch 2.11, the kernel for GPUs rounds all scalars to float32 first.
+The kernel for GPUs rounds all scalars to float32 first, in the newest versions of torch.
 """
 
 # A `__torch_dispatch__` sees these operators, which casts and gradient clipping call. The stand-ins

@@ -76,8 +76,8 @@ def fused_scalars(
         hyper, step, gradient_scale: see `foreach_update`.
         largest_gradient: no scaled gradient element is larger.
     """
-    # The kernel of torch 2.11 and later reads the betas as float32. Bias corrections of these same
-    # betas keep the mean of both moments exact.
+    # The kernel reads the betas as float32, in older versions of torch as float64. Corrections of
+    # these same betas keep the bias-corrected mean of both moments exact.
     beta1, beta2 = float(np.float32(hyper.beta1)), float(np.float32(hyper.beta2))
     for beta, rounded in ((hyper.beta1, beta1), (hyper.beta2, beta2)):
         if abs(beta - rounded) > _BETA_ERROR * (1.0 - beta):
@@ -125,8 +125,8 @@ def fused_update(
         3 u |w| + 20 u C    of the master weight: 3 ULP, and 20 u of its change
 
     The betas count as the nearest float32: 0.999 as 0.99900001. Compared to the exact betas, a
-    moment weighs the newest gradient by up to 2**-16 more or less, and that of constant gradients
-    is the same.
+    moment weighs the newest gradient by up to 2**-16 more or less. With bias correction, that of
+    constant gradients is the same.
 
     The last bit may depend on where tensors are cut: torch's kernel has one loop for vectors of 4
     elements and one for single elements, and the compiler may fuse multiply-adds differently in
@@ -138,9 +138,9 @@ def fused_update(
         scalars: from `fused_scalars`.
         run_numel: elements of a run, if the gradients need the scratch buffer.
 
-    Cost: 4 bytes of scratch for each of `run_numel` elements and 12 a tensor, none for float32
-        gradients with scale 1 and without L2. Launches: 1 for float32; 3 per run otherwise, 5 with
-        L2; and 1 for 16-bit parameters.
+    Cost: 4 bytes of scratch for each of `run_numel` elements. float32 gradients with scale 1 and
+        without L2 need none, and are one run. Launches: up to 3 per run, 5 with L2, and 1 for
+        16-bit parameters; torch makes more of one for hundreds of tensors.
     Source: as `foreach_update`.
     """
     numel = sum(gradient.numel() for gradient in segments.gradients)
