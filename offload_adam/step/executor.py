@@ -76,10 +76,10 @@ class Executor:
         calling thread   apply | wait 3, gather 3, gather 2 | forward of 3 | wait 2, gather 1 | ...
 
     - For state on the host, the worker alone launches kernels and issues H2D copies.
-    - `wait_for_buckets` runs before a unit reads its parameters, and waits only for its buckets.
+    - `wait_for_buckets` runs before a unit reads parameters, and waits only for their buckets.
     - The calling thread issues every collective. It issues all-gathers in forward order up to the
       needed buckets, also on ranks that skip layers, so that all ranks issue the same sequence. It
-      issues one more if that bucket's update has finished.
+      then issues those whose updates have finished, as does every forward hook (`gather_ready`).
 
     The results have the same bits with and without a worker.
 
@@ -416,12 +416,38 @@ class Executor:
             self._tasks.gather(self._to_gather[0], stopwatch)
         self._to_gather.popleft()
 
+    def gather_ready(self) -> None:
+        """Issue the next all-gathers whose updates have finished. Never waits.
+
+        Threads: only one that runs the forward may call this.
+        """
+        # Without the lock: another thread that takes the last one meanwhile leaves none to issue.
+        if not self._to_gather or not self._may_gather_next():
+            return
+        # A thread that holds the lock issues them itself, after its wait.
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            if not self._to_gather:
+                return
+            streams = self._tasks.stream_waits.streams_of(self._to_gather[0])
+            # A CUDA graph would capture the all-gather, and a forked process has no peers.
+            if os.getpid() == self._pid and not streams.is_capturing():
+                self._gather_ahead(self._stopwatch)
+        finally:
+            self._lock.release()
+
     def _gather_ahead(self, stopwatch: Stopwatch) -> None:
-        """Issue the next all-gather, unless its update is still running."""
-        if self._to_gather:
+        """Issue the next all-gathers, up to the first bucket whose update is still running."""
+        while self._may_gather_next():
+            self._gather_next(stopwatch)
+
+    def _may_gather_next(self) -> bool:
+        try:
             job = self._updates.get(self._to_gather[0])
-            if job is None or job.is_over():
-                self._gather_next(stopwatch)
+        except IndexError:  # none is left
+            return False
+        return job is None or job.is_over()
 
     def forget_streams(self) -> None:
         """Let every stream read parameters without a wait: the host has waited for all of them."""

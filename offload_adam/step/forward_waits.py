@@ -355,6 +355,7 @@ class ForwardHooks:
         self._latest = unit
         self._executor.wait_for_buckets(unit.buckets)
         self._waited |= unit.buckets
+        self._executor.gather_ready()
 
     def _leave(self) -> None:
         """Leave the root's forward, also if it raised an error."""

@@ -55,6 +55,10 @@ class Streams(Protocol):
         """
         ...
 
+    def is_capturing(self) -> bool:
+        """Return whether the current stream is being captured in a CUDA graph."""
+        ...
+
     def reject_capture(self) -> None:
         """Raise an error if the current stream is being captured in a CUDA graph."""
         ...
@@ -109,6 +113,10 @@ class HostStreams:
     def current(self) -> Hashable:
         """Return None: there are no streams."""
         return None
+
+    def is_capturing(self) -> bool:
+        """Return False: there is nothing to capture."""
+        return False
 
     def reject_capture(self) -> None:
         """Return: there is nothing to capture."""
@@ -171,6 +179,10 @@ class DeviceStreams(ABC, Generic[Stream]):
     @abstractmethod
     def current(self) -> Stream:
         """Return the calling thread's current stream."""
+
+    def is_capturing(self) -> bool:
+        """Return False: only CUDA devices capture graphs."""
+        return False
 
     def reject_capture(self) -> None:
         """Do nothing: only CUDA devices capture graphs."""
@@ -361,6 +373,10 @@ class CudaStreams(DeviceStreams[torch.cuda.Stream]):
     def _has_happened(self, event: Event) -> bool:
         return event.query()
 
+    def is_capturing(self) -> bool:
+        """Return whether the current stream is being captured in a CUDA graph."""
+        return torch.cuda.is_current_stream_capturing()
+
     def reject_capture(self) -> None:
         """Raise an error if the current stream is being captured in a CUDA graph.
 
@@ -368,7 +384,7 @@ class CudaStreams(DeviceStreams[torch.cuda.Stream]):
             RuntimeError: saying what to do before the capture.
         """
         # A replay does not run Python hooks, which wait for buckets and issue copies.
-        if torch.cuda.is_current_stream_capturing():
+        if self.is_capturing():
             raise RuntimeError(
                 "A CUDA graph is being captured, and its replays would not run the optimizer's "
                 "hooks. To capture a forward alone, call synchronize() on the optimizer before the "

@@ -84,6 +84,10 @@ class HostLanes:
         """Return None: there are no streams."""
         return None
 
+    def is_capturing(self) -> bool:
+        """Return False: nothing is captured."""
+        return False
+
     def reject_capture(self) -> None:
         """Return: nothing is captured."""
 

@@ -124,6 +124,9 @@ class ThreadStreams:
     def current(self) -> Hashable:
         return NamedStream("compute")
 
+    def is_capturing(self) -> bool:
+        return False
+
     def reject_capture(self) -> None:
         pass
 

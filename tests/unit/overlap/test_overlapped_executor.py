@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -118,13 +119,37 @@ def test_earlier_gathers_are_issued_first_and_their_buckets_are_still_pending() 
     assert not executor.is_pending
 
 
-def test_the_next_gather_is_issued_ahead_if_its_update_has_finished() -> None:
-    executor, tasks = begin(EagerWorker())
+def test_the_next_gathers_are_issued_ahead_if_their_updates_have_finished() -> None:
+    worker = LazyWorker()
+    executor, tasks = begin(worker)
+    worker.run_next()
+    worker.run_next()
     executor.wait_for_buckets([3])
     assert names(tasks, "gather") == [3, 2]
-    executor.wait_for_buckets([2])
-    assert names(tasks, "gather") == [3, 2, 1]
-    assert names(tasks, "use") == [3, 2]
+    executor.gather_ready()
+    assert names(tasks, "gather") == [3, 2], "the update of 1 has not finished"
+    worker.run_next()
+    worker.run_next()
+    executor.gather_ready()
+    assert names(tasks, "gather") == [3, 2, 1, 0]
+    assert names(tasks, "use") == [3]
+
+
+def test_no_gather_is_issued_by_a_forked_process_or_beside_a_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    executor, tasks = begin(EagerWorker())
+    with monkeypatch.context() as forked:
+        forked.setattr(os, "getpid", lambda: -1)
+        executor.gather_ready()
+    with executor._lock:
+        other = threading.Thread(target=executor.gather_ready)
+        other.start()
+        other.join(60.0)
+        assert not other.is_alive(), "it does not wait for the lock"
+    assert names(tasks, "gather") == []
+    executor.gather_ready()
+    assert names(tasks, "gather") == [3, 2, 1, 0]
 
 
 HOST, OFFLOADED, DEVICE = StateLocation.HOST, StateLocation.OFFLOADED, StateLocation.DEVICE
@@ -146,7 +171,12 @@ def test_the_overlapped_step_issues_its_tasks_in_the_order_of_the_schedule(
     executor, _ = begin(EagerWorker(), tasks)
     for number in schedule.forward_order:
         executor.wait_for_buckets([number])
-    assert tasks.done == [(task.operation.value, task.bucket) for task in schedule.after_agreement]
+    issued = [(task.operation.value, task.bucket) for task in schedule.after_agreement]
+    gathers, others = [one for one in issued if one[0] == "gather"], set(issued)
+    assert [one for one in tasks.done if one[0] == "gather"] == gathers
+    # These are issued as soon as their updates have finished, here before every use.
+    others -= set(gathers)
+    assert [one for one in tasks.done if one in others] == [one for one in issued if one in others]
 
 
 @pytest.mark.parametrize("locations", LOCATIONS)

@@ -33,6 +33,9 @@ class TwoStreams(ThreadStreams):
     def current(self) -> NamedStream:
         return TwoStreams.now
 
+    def is_capturing(self) -> bool:
+        return TwoStreams.captures
+
     def reject_capture(self) -> None:
         if TwoStreams.captures:
             raise RuntimeError("captured")
