@@ -28,7 +28,7 @@ no memory for a copy of them."""
 _SAMPLE_BLOCKS = 128
 """A sample has this many blocks of a bucket, or up to twice as many.
 
-Comparing them takes at most 0.1 ms; for comparison, the update of 16 M elements takes 19 ms.
+Comparing equal ones takes at most 0.1 ms; the update of 16 M elements takes 19 ms.
 """
 
 
@@ -57,15 +57,36 @@ def differing(state: BucketState) -> list[int]:
     """
     if state.own_master:
         return []
-    found: set[int] = set()
+    segments = state.segments
+    starts, ends = segments.shard_starts, segments.shard_starts + segments.numels
+    found = np.zeros(starts.size, dtype=np.bool_)
     start = 0
     for part, given in _pieces(state.planes.master_weight, state.shard):
-        if not _equal(part, given):
+        end = start + part.numel()
+        inside = np.arange(starts.searchsorted(end))[ends.searchsorted(start, side="right") :]
+        rows = inside[~found[inside]]
+        if rows.size > 0 and not _equal(part, given):
             # The kernels keep a NaN's payload, torch does not.
             differs = _differs(part, given) & ~(part.isnan() & given.isnan())
-            found |= _positions_at(state, start + differs.nonzero().flatten())
-        start += part.numel()
-    return sorted(found)
+            lows, highs = np.maximum(starts[rows], start), np.minimum(ends[rows], end)
+            found[rows] = _any_between(differs, lows - start, highs - start)
+        start = end
+    return sorted(segments.positions[found].tolist())
+
+
+def _any_between(
+    flags: torch.Tensor, lows: npt.NDArray[np.int64], highs: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """Return for each range [low, high) whether any of its flags is set.
+
+    Args:
+        flags: (n,) bool.
+        lows, highs: (k,) ascending ranges of at least one flag, not overlapping.
+    """
+    bounds = np.stack([lows, highs], axis=1).ravel()
+    # The results for the gaps between the ranges are dropped. The last gap needs a flag.
+    found: npt.NDArray[np.bool_] = np.logical_or.reduceat(np.append(flags.numpy(), False), bounds)
+    return found[::2]
 
 
 def sample_differs(state: BucketState, turn: int) -> bool:
