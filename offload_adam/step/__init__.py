@@ -8,7 +8,7 @@ update_thread    the thread that runs overlapped updates
 update_tasks     norm, update, H2D copy and all-gather of one bucket, and their stream waits
 host_update      the update of state in host memory
 device_update    norm and update of state on a device, bucket by bucket
-foreach_update   the update there in float64: exact, and about ten times slower
+foreach_update   the update there in float64, for what the fused kernel cannot do
 fused_update     the update there by torch's fused kernel, in float32
 device_norm      sums of squares on a device
 messages         inputs, decision, report and errors of a step

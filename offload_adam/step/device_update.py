@@ -24,7 +24,7 @@ from offload_adam.layout.flat import Segment
 from offload_adam.params.bucket import BucketState
 from offload_adam.step.device_norm import DeviceNorms, start_norms, wait_for_squares
 from offload_adam.step.foreach_update import LARGEST, DeviceSegments, foreach_update
-from offload_adam.step.fused_update import can_fuse, fused_scalars, fused_update
+from offload_adam.step.fused_update import fused_scalars, fused_update
 from offload_adam.step.messages import UpdateInputs
 
 # On a CPU, the bits of torch's fused kernel depend on how buckets are cut.
@@ -37,9 +37,6 @@ class DeviceUpdate:
     With replicated state every parameter is one segment. With sharded state the segments are those
     of this rank's shard.
     """
-
-    def __init__(self) -> None:
-        self._checked: dict[int, int] = {}  # by bucket: `state_writes` of its last `_limit_moment`
 
     def compile_for_accumulator(self, state: BucketState) -> None:
         """Do nothing: torch's operations read any dtype."""
@@ -110,21 +107,15 @@ class DeviceUpdate:
             segments = _segments_of(state, members, param_out)
             hyper, scale = inputs.hyperparameters[group], inputs.gradient_scale
             scalars = fused_scalars(hyper, step, scale, inputs.largest_gradient)
-            if scalars and state.device.type in FUSED_DEVICES and can_fuse(segments):
-                self._limit_moment(state, inputs)
+            if scalars and state.device.type in FUSED_DEVICES:
+                # The fused kernel would divide infinity by infinity. Updates store no infinite
+                # first moment, but the user may have loaded or written one.
+                state.planes.exp_avg.clamp_(-LARGEST, LARGEST)
                 fused_update(segments, scalars)
             else:
                 foreach_update(segments, hyper, step, scale)
         for segment in state.segments.select(prepared):
             self._update_prepared(state, gradients, segment, counts, inputs, param_out)
-
-    def _limit_moment(self, state: BucketState, inputs: UpdateInputs) -> None:
-        """Replace infinite first moments that may have been loaded; updates store none."""
-        # The fused kernel would divide infinity by infinity. Without waiting for the device, the
-        # host cannot know whether there are any.
-        if self._checked.get(state.layout.index) != inputs.state_writes:
-            state.planes.exp_avg.clamp_(-LARGEST, LARGEST)
-            self._checked[state.layout.index] = inputs.state_writes
 
     def _update_prepared(
         self,

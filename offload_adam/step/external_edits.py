@@ -178,9 +178,6 @@ class ExternalEdits:
         states: all buckets; this list grows with `add_param_group`.
         places: the bucket of each parameter and its position there; grows too.
         snapshot_lock: invalidated if the user modifies parameters that a checkpoint still reads.
-
-    Attributes:
-        state_writes: how often a load or an edit was about to write to the state.
     """
 
     def __init__(
@@ -200,7 +197,6 @@ class ExternalEdits:
         self._is_first = True
         self._num_thorough = _FIRST_STEPS  # this many further steps compare all elements
         self._has_warned = False
-        self.state_writes = 0
 
     def extend(self, new: Sequence[NewParameter]) -> None:
         """Watch more parameters; their present values count as unmodified."""
@@ -366,11 +362,7 @@ class ExternalEdits:
         self.snapshot_lock.acquire_buckets(buckets)
 
     def wait_for_snapshot(self) -> None:
-        """Wait until the reader has released all buckets; check for external edits before.
-
-        Every function that is about to write to the state calls this.
-        """
-        self.state_writes += 1
+        """Wait until the reader has released all buckets; check for external edits before."""
         if self.snapshot_lock.is_open:
             self.find(rejects=False)
             self.snapshot_lock.wait_until_all_free()

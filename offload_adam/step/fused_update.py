@@ -40,7 +40,6 @@ _MIN_EPS = 2.0**-50
 _BETA_ERROR = 2.0**-16
 # The bias corrections are 1 - beta**step, which is 1 for every beta below 1. An int64 can hold it.
 _LARGE_STEP = 2.0**62
-_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +104,6 @@ def _is_normal(scalar: float) -> bool:
     return scalar == 0.0 or 2.0**-126 <= abs(scalar) <= 2.0**126
 
 
-def can_fuse(segments: DeviceSegments) -> bool:
-    """Return whether `fused_update` casts these gradients to float32 exactly."""
-    return all(gradient.dtype in _DTYPES for gradient in segments.gradients)
-
-
 @torch.no_grad()
 def fused_update(
     segments: DeviceSegments, scalars: FusedScalars, *, run_numel: int = RUN_NUMEL
@@ -118,11 +112,15 @@ def fused_update(
 
     Every operation rounds to float32. Let u = 2**-24, so that u |x| is at most 1 ULP of x. Let
     G = |gradient_scale * g| + |l2 * w|, M = beta1 |m| + (1 - beta1) G, and C = lr M / (sqrt(v) +
-    eps). If lr * weight_decay is at most 1/4, the error of one update is at most
+    eps): sums of magnitudes, so that terms that cancel count in full. If lr * weight_decay is at
+    most 1/4 and no value is denormal, the error of one update is at most
 
         7 u M               of exp_avg
         11 ULP              of exp_avg_sq and max_exp_avg_sq, without L2
-        3 u |w| + 20 u C    of the master weight: 3 ULP, and 20 u of its change
+        3 u |w| + 20 u C    of the master weight, without L2
+
+    With L2, the gradient itself has an error of 3 u G, on which exp_avg_sq and the weight depend,
+    and is limited to 2**63.
 
     The betas count as the nearest float32: 0.999 as 0.99900001. Compared to the exact betas, a
     moment weighs the newest gradient by up to 2**-16 more or less. With bias correction, that of
@@ -133,8 +131,8 @@ def fused_update(
     both. On a CPU it does.
 
     Args:
-        segments: the tensors to update, of which `can_fuse` is True and no first moment is
-            infinite.
+        segments: the tensors to update, with gradients of at most 32 bits, and finite first
+            moments.
         scalars: from `fused_scalars`.
         run_numel: elements of a run, if the gradients need the scratch buffer.
 

@@ -126,7 +126,6 @@ class UpdateInputs:
         updates.
     lazy: a sparse gradient updates only the rows that it has entries for.
     largest_gradient: no gradient element times `gradient_scale` is larger.
-    state_writes: see `ExternalEdits`.
     """
 
     active: npt.NDArray[np.bool_]
@@ -135,7 +134,6 @@ class UpdateInputs:
     step: int | None = None
     lazy: bool = False
     largest_gradient: float = math.inf
-    state_writes: int = 0
 
     def count_step(
         self, state: BucketState, active: npt.NDArray[np.bool_]

@@ -484,7 +484,6 @@ class ShardedAdam:
             inputs.step,
             inputs.lazy,
             decision.largest_gradient,
-            self.external_edits.state_writes,
         )
         self.is_half_applied = True  # stays True if an error or Ctrl-C ends `apply` early
         self.executor.apply(self.reduction.gradients, update_inputs, stopwatch)

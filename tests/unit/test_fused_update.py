@@ -1,6 +1,6 @@
 """The update by torch's fused kernel against float64, by element, on CPU tensors.
 
-A GPU's kernel has the same formula, and rounds no more often.
+A GPU's kernel rounds no more often. On a CPU, torch computes the first moment by another formula.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from offload_adam.step.foreach_update import LARGEST, DeviceSegments, foreach_up
 from offload_adam.step.fused_update import (
     GRADIENT_LIMIT,
     FusedScalars,
-    can_fuse,
     fused_scalars,
     fused_update,
 )
@@ -159,7 +158,6 @@ def test_gradients_that_may_overflow_are_left_to_float64() -> None:
     for largest in (1e19, math.inf, math.nan):
         assert fused_scalars(hyper, 3, 1.0, largest) is None
     assert fused_scalars(hyper, 3, 1e-39, 1.0) is None
-    assert not can_fuse(random_segments(np.random.default_rng(0), (3,), torch.float64))
 
 
 @pytest.mark.parametrize("mode", ["adam", "l2", "decoupled"])

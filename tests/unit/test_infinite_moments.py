@@ -177,8 +177,9 @@ def test_a_device_update_without_memory_keeps_an_infinite_second_moment() -> Non
     assert exp_avg_sq.tolist() == [torch.inf, 1.0]
 
 
-def test_a_loaded_infinite_first_moment_does_not_reach_a_weight(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_given_infinite_first_moment_does_not_reach_a_weight(
+    in_place: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fused kernel divides moments, and infinity by infinity is NaN."""
     monkeypatch.setattr(device_update, "FUSED_DEVICES", {"cpu"})
@@ -189,9 +190,12 @@ def test_a_loaded_infinite_first_moment_does_not_reach_a_weight(
         optimizer.step()
         saved = optimizer.state_dict()
         for key in ("exp_avg", "exp_avg_sq"):
+            if in_place:
+                optimizer.state[parameter][key][::2] = torch.inf
             saved["state"][0][key] = saved["state"][0][key].clone()
             saved["state"][0][key][::2] = torch.inf
-        optimizer.load_state_dict(saved)
+        if not in_place:
+            optimizer.load_state_dict(saved)
     before = parameter.detach().clone()
     optimizer.step()
     assert torch.equal(parameter[::2], before[::2])
