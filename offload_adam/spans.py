@@ -47,7 +47,8 @@ RANGES: Mapping[str, str] = {
     "norm": "OffloadAdam::norm",  # sums of squares
     "checkpoint wait": "OffloadAdam::wait_checkpoint",  # until a snapshot has read the bucket
     "update": "OffloadAdam::update",  # the kernel
-    "H2D copy": "OffloadAdam::h2d_copy",  # wait for the staging slot, issue the copy
+    # There, the wait for a staging slot. On the copy thread, the issue of the copy.
+    "H2D copy": "OffloadAdam::h2d_copy",
 }
 """The optimizer's phases: the name in timings and reports, and the range in torch's profiler.
 
@@ -171,24 +172,56 @@ class Stopwatch:
 
     Lifecycle: one for each step, whose `elapsed_s` is read at the end of the step. Another one
         times updates and waits after `step()` has returned; the next step calls `take` on it.
-    Threads: several threads may add, but no two to the same phase: there is no lock.
+    Threads: several threads may add.
     """
 
     def __init__(self) -> None:
-        self.elapsed_s: dict[str, float] = {}
+        # By phase and thread, so that no lock is needed: a signal handler may interrupt the thread
+        # that holds it, and wait for another one that needs it.
+        self._spent_s: dict[tuple[str, int], float] = {}
+
+    @property
+    def elapsed_s(self) -> dict[str, float]:
+        """The sums by phase."""
+        sums: dict[str, float] = {}
+        for (name, _), spent_s in list(self._spent_s.items()):
+            sums[name] = sums.get(name, 0.0) + spent_s
+        return sums
 
     def take(self) -> dict[str, float]:
         """Return the sums and reset them to zero. No thread may be in a span during the call."""
-        taken, self.elapsed_s = self.elapsed_s, {}
+        taken, self._spent_s = self.elapsed_s, {}
         return taken
 
-    @contextmanager
-    def span(self, name: str, bucket: int = NO_BUCKET) -> Iterator[None]:
+    def span(self, name: str, bucket: int = NO_BUCKET) -> AbstractContextManager[None]:
         """Add the time of the body to a phase, also if the body raises; see `span`."""
-        start_s = time.perf_counter()
+        return _Timed(self, name, bucket)
+
+    def add(self, name: str, spent_s: float) -> None:
+        """Add to the time of a phase."""
+        key = name, threading.get_ident()
+        self._spent_s[key] = self._spent_s.get(key, 0.0) + spent_s
+
+
+class _Timed:
+    """One span of a stopwatch while it runs. A generator would take longer between two kernels."""
+
+    __slots__ = ("_name", "_phase", "_span", "_start_s", "_stopwatch")
+
+    def __init__(self, stopwatch: Stopwatch, name: str, bucket: int) -> None:
+        self._stopwatch = stopwatch
+        self._name = name
+        self._phase = PROGRESS.at(name, None if bucket == NO_BUCKET else bucket)
+        self._span = span(name, bucket)
+
+    def __enter__(self) -> None:
+        self._start_s = time.perf_counter()
+        self._phase.__enter__()
+        self._span.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
         try:
-            with PROGRESS.at(name, None if bucket == NO_BUCKET else bucket), span(name, bucket):
-                yield
+            self._span.__exit__(*error)
+            self._phase.__exit__(*error)
         finally:
-            spent_s = time.perf_counter() - start_s
-            self.elapsed_s[name] = self.elapsed_s.get(name, 0.0) + spent_s
+            self._stopwatch.add(self._name, time.perf_counter() - self._start_s)

@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import psutil
 
 _thread = threading.local()
 _counts = threading.Lock()
+_NOTHING = nullcontext()
 
 
 @dataclass
@@ -46,10 +47,9 @@ class ProgressRecord:
         of_bucket = "" if self.bucket is None else f" of bucket {self.bucket}"
         return f"{self.phase}{of_bucket}, step {self.step}"
 
-    @contextmanager
     def at(
         self, phase: str, bucket: int | None = None, *, long_running: bool = False
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Record `phase` for the body.
 
         After an error in the body, its phase and bucket stay, so that messages name them.
@@ -57,16 +57,19 @@ class ProgressRecord:
         Args:
             long_running: see the field. A phase inside a long-running one is long-running too.
         """
-        counts = long_running and not _is_untracked()
+        return _NOTHING if _is_untracked() else self._at(phase, bucket, long_running)
+
+    @contextmanager
+    def _at(self, phase: str, bucket: int | None, long_running: bool) -> Iterator[None]:
         outer = self.phase, self.bucket
-        if counts:
+        if long_running:
             self._add_long_running(1)
         try:
             self._move(phase, bucket)
             yield
             self._move(*outer)
         finally:
-            if counts:  # otherwise `stuck_after` would never apply again
+            if long_running:  # otherwise `stuck_after` would never apply again
                 self._add_long_running(-1)
 
     @contextmanager
@@ -117,8 +120,6 @@ class ProgressRecord:
         self.moves += 1
 
     def _move(self, phase: str, bucket: int | None) -> None:
-        if _is_untracked():
-            return
         self.phase, self.bucket = phase, bucket
         self.moves += 1
 

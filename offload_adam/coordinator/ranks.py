@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 _SLICE = timedelta(seconds=SLICE_S)
 # Seconds between two queries of a collective on a device: much longer than a query takes, and much
 # shorter than a collective.
-_POLL_S = 1e-3
+_POLL_S = 2e-4
 
 
 @dataclass

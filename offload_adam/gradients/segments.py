@@ -24,6 +24,8 @@ class SegmentTable:
     addresses, starts, numels: (num segments,) int64, see `kernels.adam.update`.
     sum_starts: (num segments,) int64, see `kernels.norm.block_sums`.
     positions: (num segments,) int64, position in the bucket of each segment's parameter.
+    skipped: (num segments,) int64, number of elements of the whole segment before this part of it;
+        0 for whole segments.
     """
 
     gradient_format: FloatFormat
@@ -32,6 +34,26 @@ class SegmentTable:
     sum_starts: npt.NDArray[np.int64]
     numels: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
+    skipped: npt.NDArray[np.int64] | int = 0
+
+    def between(self, start: int, end: int) -> SegmentTable:
+        """Return the parts of whole segments within the shard's elements [start, end).
+
+        The result has no `sum_starts`.
+        """
+        starts = np.maximum(self.starts, start)
+        numels = np.minimum(self.starts + self.numels, end) - starts
+        kept = numels > 0
+        skipped = (starts - self.starts)[kept]
+        return SegmentTable(
+            self.gradient_format,
+            self.addresses[kept] + skipped * self.gradient_format.bits_dtype.itemsize,
+            starts[kept],
+            np.zeros(0, dtype=np.int64),
+            numels[kept],
+            self.positions[kept],
+            skipped,
+        )
 
     def work_starts(self) -> npt.NDArray[np.int64]:
         """Return the running sum of the segments' lengths, from 0."""

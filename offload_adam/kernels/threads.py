@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -226,16 +227,40 @@ def plan_threads(num_threads: int | None, *, on_device: bool = False) -> int:
     return threads
 
 
+class _Launching(threading.local):
+    """What this package knows of the calling thread.
+
+    is_ours: no other code runs on it.
+    num_threads: set by the last `use_threads`.
+    """
+
+    is_ours = False
+    num_threads = 0
+
+
+_this_thread = _Launching()
+
+
+def claim_thread() -> None:
+    """Declare that no other code sets the number of threads of the calling thread."""
+    _this_thread.is_ours = True
+
+
 def use_threads(num_threads: int) -> None:
     """Set the number of threads for later launches by the calling thread.
 
     Raises:
         RuntimeError: in a forked child.
     """
+    if _this_thread.is_ours and _this_thread.num_threads == num_threads:
+        # Numba would release the interpreter lock. Another thread may then keep it for 5 ms, as
+        # long as a kernel takes.
+        return
     import numba
 
     _reject_forked_child()
     numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))
+    _this_thread.num_threads = num_threads
 
 
 def _reject_forked_child() -> None:

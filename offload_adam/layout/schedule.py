@@ -69,6 +69,9 @@ class Operation(Enum):
     GATHER = "gather"
     USE = "use"
 
+    # That of `Enum` is Python, and the update thread reads dictionaries of tasks between kernels.
+    __hash__ = object.__hash__
+
     @property
     def lane(self) -> Lane:
         """The lane if the state is in host memory. See `Schedule.lane_of` for all cases."""

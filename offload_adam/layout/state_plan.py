@@ -35,19 +35,25 @@ BFLOAT16_NBYTES = 2
 # The default bucket size balances two costs of a step whose updates take longer than the forward.
 # Assume 8 ranks on a node with 400 GB/s of host memory, an update that moves 28 bytes for each bf16
 # parameter, and P bytes of parameters in buckets of b bytes.
-# - Each bucket costs 250 to 450 us regardless of its size, to wake threads and launch copies. The
-#   update of a 32 MiB shard takes 9.4 ms at the rank's 50 GB/s, so 350 us add 4 %. The update of a
-#   4 MiB shard takes 1.2 ms, so they add a third. Hence 32 MiB per rank.
+# - Each bucket costs about 100 us between two kernels, regardless of its size. The update of a
+#   32 MiB shard takes 9.4 ms at the rank's 50 GB/s, so they add 1 %. The update of a 4 MiB shard
+#   takes 1.2 ms, so they add 8 %. Hence 32 MiB per rank.
 # - D2H copy, update and H2D copy of one bucket are never hidden: about 12 ms for 256 MiB.
-# The sum, P / b * 350 us + b / 256 MiB * 12 ms, is minimal at b = 145 MB for 2.7 GB of parameters
-# (18 buckets) and at 330 MB for 14 GB (42 buckets). Hence at least 16 buckets, and at most 256 MiB,
-# of which the device holds three for the averages. With more than 8 ranks the shards are smaller,
-# but the buckets of 1 GB of parameters cost at most 1.7 ms, while its forward over 4096 tokens
-# takes 10 ms at 400 TFLOP/s.
+# The sum, P / b * 100 us + b / 256 MiB * 12 ms, is minimal at b = 78 MB for 2.7 GB of parameters
+# and at 177 MB for 14 GB, but twice as many bytes cost only 2 ms more, and half of the collectives.
+# Hence at least 16 buckets, and at most 256 MiB, of which the device holds three for the averages.
+# With more than 8 ranks the shards are smaller, but the buckets of 1 GB of parameters cost at most
+# 0.5 ms, while its forward over 4096 tokens takes 10 ms at 400 TFLOP/s.
 AUTO_SHARD_NBYTES = 32 * 1024 * 1024
 """Default bytes of a rank's share of a bucket, and minimum bytes of a bucket."""
 MOST_AUTO_NBYTES = 256 * 1024 * 1024
 LEAST_AUTO_BUCKETS = 16
+
+PART_NUMEL = 16 * 1024 * 1024
+"""Elements of a part of a large update, which is copied to the device during the next part.
+
+They are 32 MiB of 16-bit parameters, the default size of a bucket.
+"""
 
 
 class StateLocation(Enum):
@@ -220,6 +226,11 @@ class StatePlan:
     def is_offloaded(self) -> bool:
         """Whether gradients are copied to the host and parameters back to a device."""
         return self.location is StateLocation.OFFLOADED
+
+    @property
+    def num_parts(self) -> int:
+        """Number of parts in which the shard is updated, each followed by its own H2D copy."""
+        return max(1, self.bucket.shard_numel // PART_NUMEL) if self.is_offloaded else 1
 
     @property
     def gathers(self) -> bool:

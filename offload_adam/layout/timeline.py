@@ -61,15 +61,22 @@ class Timeline:
         return "\n".join([*lines, f"{'':>9} {scale}"]) + "\n"
 
 
-def predict_timeline(schedule: Schedule, seconds_of: Callable[[Task], float]) -> Timeline:
+def predict_timeline(
+    schedule: Schedule,
+    seconds_of: Callable[[Task], float],
+    parts_of: Callable[[int], int] = lambda bucket: 1,
+) -> Timeline:
     """Start every task as soon as its lane, its bucket and its waits allow.
 
     A task starts after the previous task on its lane, the previous task of its bucket and its
-    waits. A task after the agreement also starts after all tasks before the agreement.
+    waits. A task after the agreement also starts after all tasks before the agreement. If a bucket
+    is updated in parts, its H2D copy begins after the first part, and its last part is copied after
+    the last.
 
     Args:
         seconds_of: returns the duration of a task. GRADIENT and USE are the bucket's parts of the
             model's backward and forward.
+        parts_of: returns the number of parts in which a bucket is updated.
 
     Source: list scheduling (Graham, "Bounds on multiprocessing timing anomalies").
     """
@@ -83,8 +90,13 @@ def predict_timeline(schedule: Schedule, seconds_of: Callable[[Task], float]) ->
             lane = schedule.lane_of(task)
             before = of_bucket.get(task.bucket, 0.0)
             waits = [ends[waited] for waited in schedule.waits[task]]
+            duration, num_parts = seconds_of(task), parts_of(task.bucket)
+            end = 0.0
+            if task.operation is Operation.COPY_H2D and num_parts > 1:
+                before -= seconds_of(Task(Operation.UPDATE, task.bucket)) * (1 - 1 / num_parts)
+                end = of_bucket[task.bucket] + duration / num_parts
             start = max([earliest, free[lane], before, *waits])
-            end = start + seconds_of(task)
+            end = max(end, start + duration)
             ends[task] = free[lane] = of_bucket[task.bucket] = end
             intervals.append(Interval(task, lane, start, end))
 

@@ -213,4 +213,9 @@ def predict_overlap(
     schedule = plan_schedule(
         plans, num_reduce_slots=NUM_REDUCE_SLOTS, num_staging_slots=NUM_STAGING_SLOTS
     )
-    return predict_timeline(schedule, lambda task: buckets[task.bucket].get(task.operation) or 0.0)
+    num_parts = {plan.bucket.index: plan.num_parts for plan in plans}
+    return predict_timeline(
+        schedule,
+        lambda task: buckets[task.bucket].get(task.operation) or 0.0,
+        lambda bucket: num_parts[bucket],
+    )

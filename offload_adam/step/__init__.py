@@ -4,7 +4,8 @@ step             ShardedAdam: construction and the step, top-down; start here
 backward_hooks   hooks that pass gradients to the reducer during backward
 reducer          when each bucket's gradients are reduced, and what `.grad` holds afterwards
 executor         which thread runs each task, and which thread or stream waits for it
-update_thread    the thread that runs overlapped updates
+update_pipeline  updates of several buckets on two threads, without a pause of the kernels
+update_thread    a thread that runs jobs: that of the kernels, and the one that serves it
 update_tasks     norm, update, H2D copy and all-gather of one bucket, and their stream waits
 host_update      the update of state in host memory
 device_update    norm and update of state on a device, bucket by bucket

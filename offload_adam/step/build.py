@@ -33,7 +33,7 @@ from offload_adam.params.bucket import (
     rounding_places,
 )
 from offload_adam.params.selection import NewParameter
-from offload_adam.step.executor import Worker
+from offload_adam.step.update_pipeline import Worker
 from offload_adam.step.update_thread import UpdateThread
 from offload_adam.transfer.collectives import Collectives
 from offload_adam.transfer.streams import Streams, streams_for
@@ -61,7 +61,7 @@ class Backend:
     empty_cache: Callable[[torch.device], None] = empty_cache
     make_streams: Callable[[torch.device], Streams] = streams_for
     make_collectives: Callable[[RankGroup], Collectives] = Collectives
-    make_worker: Callable[[], Worker] = UpdateThread
+    make_workers: Callable[[], tuple[Worker, Worker]] = UpdateThread.pair
     num_reduce_slots: int = NUM_REDUCE_SLOTS
     num_staging_slots: int = NUM_STAGING_SLOTS
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,7 @@ from offload_adam.params.bucket import BucketState
 from offload_adam.step.device_norm import DeviceNorms, start_norms, wait_for_squares
 from offload_adam.step.foreach_update import LARGEST, DeviceSegments, foreach_update
 from offload_adam.step.fused_update import fused_scalars, fused_update
-from offload_adam.step.messages import UpdateInputs
+from offload_adam.step.messages import Launches, UpdateInputs, UpdatePart, count_step
 
 # On a CPU, the bits of torch's fused kernel depend on how buckets are cut.
 FUSED_DEVICES = {"cuda"}
@@ -82,21 +83,34 @@ class DeviceUpdate:
         positions = np.array([segment.position for segment, _ in dense], dtype=np.int64)
         return positions[started.owners], squares
 
-    def update(
+    def prepare(
         self,
         state: BucketState,
         gradients: BucketGradients,
         active: npt.NDArray[np.bool_],
         inputs: UpdateInputs,
         param_out: torch.Tensor | None,
-    ) -> None:
-        """Update the `active` parameters and count the step for them.
+    ) -> Launches:
+        """Return the update of the `active` parameters as one part, without running it.
 
         Args:
             active: (n,) bool, by position in the bucket.
             param_out: receives the 16-bit parameters; None if the master is the parameter.
         """
-        counts = inputs.count_step(state, active)
+        counts = inputs.counts_after(state, active)
+        update = partial(self._update, state, gradients, active, counts, inputs, param_out)
+        part = UpdatePart(0, state.layout.shard_numel, update)
+        return Launches([part], partial(count_step, state, counts))
+
+    def _update(
+        self,
+        state: BucketState,
+        gradients: BucketGradients,
+        active: npt.NDArray[np.bool_],
+        counts: npt.NDArray[np.int64],
+        inputs: UpdateInputs,
+        param_out: torch.Tensor | None,
+    ) -> None:
         prepared = active & needs_preparation(state, gradients)
         # Parameters of one group and step count share their scalars, and so one call.
         alike: dict[tuple[int, int], list[tuple[Segment, torch.Tensor]]] = defaultdict(list)

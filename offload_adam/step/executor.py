@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +32,7 @@ from offload_adam.layout.schedule import Operation, Task
 from offload_adam.params.bucket import BucketState
 from offload_adam.spans import Stopwatch, span
 from offload_adam.step.messages import UpdateInputs
+from offload_adam.step.update_pipeline import BucketInputs, Job, UpdatePipeline, Worker
 from offload_adam.step.update_tasks import UpdateTasks
 
 logger = logging.getLogger(__name__)
@@ -40,24 +40,6 @@ logger = logging.getLogger(__name__)
 # Set when the interpreter exits. `close` then logs no error about parameters that were not
 # gathered, because no code will read them.
 _exiting = threading.Event()
-
-
-class Job(Protocol):
-    """A submitted job; see `update_thread.Ticket`."""
-
-    what: str
-
-    def is_over(self) -> bool: ...
-
-    def wait(self, timeout_s: float) -> bool: ...
-
-
-class Worker(Protocol):
-    """Runs jobs in order on another thread; see `update_thread.UpdateThread`."""
-
-    def submit(self, what: str, job: Callable[[], None]) -> Job: ...
-
-    def close(self) -> bool: ...
 
 
 class Executor:
@@ -75,7 +57,7 @@ class Executor:
         worker           update 3   update 2   update 1   update 0
         calling thread   apply | wait 3, gather 3, gather 2 | forward of 3 | wait 2, gather 1 | ...
 
-    - For state on the host, the worker alone launches kernels and issues H2D copies.
+    - For state on the host, the worker alone launches kernels. `UpdatePipeline` keeps it busy.
     - `wait_for_buckets` runs before a unit reads parameters, and waits only for their buckets.
     - The calling thread issues every collective. It issues all-gathers in forward order up to the
       needed buckets, also on ranks that skip layers, so that all ranks issue the same sequence. It
@@ -94,7 +76,7 @@ class Executor:
         self,
         transfer: GradientTransfer,
         tasks: UpdateTasks,
-        worker: Worker | None,
+        workers: tuple[Worker, Worker] | None,
         ranks: RankGroup,
         stopwatch: Stopwatch,
         on_waited: Callable[[int], None],
@@ -102,13 +84,17 @@ class Executor:
         """Construct an executor without any task.
 
         Args:
-            worker: None to run everything on the calling thread.
+            workers: an update thread, which is the worker, and a copy thread. None to run
+                everything on the calling thread.
             stopwatch: times updates on the worker, and the waits in `wait_for_buckets`.
             on_waited: called with each bucket that `wait_for_buckets` has waited for.
         """
         self._transfer = transfer
         self._tasks = tasks
-        self._worker = worker
+        self._worker = None if workers is None else workers[0]
+        self._pipeline: UpdatePipeline | None = None
+        if workers is not None:
+            self._pipeline = UpdatePipeline(*workers, tasks, stopwatch)
         self._ranks = ranks
         self._stopwatch = stopwatch
         self._on_waited = on_waited
@@ -293,49 +279,49 @@ class Executor:
         self, gradients: Sequence[BucketGradients], inputs: UpdateInputs, stopwatch: Stopwatch
     ) -> None:
         self._tasks.record_last_read()
-        to_launch: list[Callable[[Stopwatch], None]] = []
-        for position, number in enumerate(self._tasks.stream_waits.schedule.forward_order):
+        buckets = []
+        for number in self._tasks.stream_waits.schedule.forward_order:
             state = self._tasks.states[number]
             active = inputs.active[state.indices]
             if not active.any() or state.layout.numel == 0:
                 # An empty shard is not updated, but its parameters count the step.
                 inputs.count_step(state, active)
-                self._skip_update(state)
-                continue
-            update = partial(self._tasks.update, number, gradients[number], active, inputs)
-            if self._worker is None:
-                update(stopwatch)
-            elif state.plan.location.is_host:
-                what = f"the update of bucket {number}"
-                self._updates[number] = self._submit(what, partial(update, self._stopwatch))
-            else:
-                to_launch.append(update)
-            if state.plan.gathers:
-                self._to_gather.append(number)
-            self._to_use[number] = position
-            self._used_on.pop(number, None)  # no stream has waited for this update yet
-            if self._worker is None:
-                self._gather_ahead(stopwatch)
-        # After the loop, so that the worker has its jobs: launching takes this thread a while, for
-        # about 25 kernels per million elements. `Schedule.after_agreement` has the same order.
-        for launch in to_launch:
-            launch(stopwatch)
+                active = np.zeros_like(active)
+            buckets.append(BucketInputs(number, gradients[number], active))
+        # First the host's, so that its threads run while this one launches updates on a device.
+        # `Schedule.after_agreement` has the same order.
+        if self._pipeline is not None:
+            on_host = [b for b in buckets if self._runs_on_worker(self._tasks.states[b.number])]
+            self._updates |= self._pipeline.start(on_host, inputs)
+        for position, given in enumerate(buckets):
+            self._begin_bucket(position, given, inputs, stopwatch)
         if self._worker is None:
             for number in list(self._to_use):
                 self._wait_for_bucket(number, stopwatch)
                 del self._to_use[number]
 
-    def _skip_update(self, state: BucketState) -> None:
-        """Record an H2D event for a bucket without an update; its slot's next user waits for it."""
-        if not state.plan.stages_parameters:
+    def _begin_bucket(
+        self, position: int, given: BucketInputs, inputs: UpdateInputs, stopwatch: Stopwatch
+    ) -> None:
+        """Update a bucket, unless the worker does, and note who has to wait for it.
+
+        Args:
+            position: of the bucket in forward order.
+        """
+        number = given.number
+        state = self._tasks.states[number]
+        if given.is_skipped:
+            if state.plan.stages_parameters and not self._runs_on_worker(state):
+                self._tasks.skip_copy_h2d(number)
             return
-        number = state.layout.index
-        skip = partial(self._tasks.skip_copy_h2d, number)
-        # In the worker's queue: the event must come after the H2D copies of earlier buckets.
-        if self._runs_on_worker(state):
-            self._submit(f"the skipped update of bucket {number}", skip)
-        else:
-            skip()
+        if not self._runs_on_worker(state):
+            self._tasks.update(*given, inputs, stopwatch)
+        if state.plan.gathers:
+            self._to_gather.append(number)
+        self._to_use[number] = position
+        self._used_on.pop(number, None)  # no stream has waited for this update yet
+        if self._worker is None:
+            self._gather_ahead(stopwatch)
 
     def wait_for_buckets(self, buckets: Collection[int]) -> None:
         """Wait until these buckets' parameters may be read.
@@ -466,11 +452,17 @@ class Executor:
         with self._lock:
             if not self._to_use:  # else another thread has started the next step's updates
                 assert not self._to_gather, "every bucket to gather is also in `_to_use`"
+                if self._pipeline is not None:
+                    self._pipeline.finish()
                 self._updates.clear()
+
+    def runs_here(self) -> bool:
+        """Return whether the caller is one of the threads that `close` waits for."""
+        return self._pipeline is not None and self._pipeline.is_current()
 
     def close(self) -> bool:
         """Let the worker finish its jobs and end; return whether it has ended. Idempotent."""
-        has_ended = self._worker is None or self._worker.close()
+        has_ended = self._pipeline is None or self._pipeline.close()
         if self._to_gather and not _exiting.is_set():
             logger.error(
                 "The optimizer was dropped before all parameters were gathered, so they now differ "
@@ -497,13 +489,8 @@ class Executor:
         return self._worker is not None and state.plan.location.is_host
 
     def _submit(self, what: str, job: Callable[[], object]) -> Job:
-        def run() -> None:
-            # Autograd is on by default in every thread. PROGRESS shows the training thread alone.
-            with torch.no_grad(), PROGRESS.untracked():
-                job()
-
         assert self._worker is not None
-        return self._worker.submit(what, run)
+        return self._worker.submit(what, job)
 
     def wait_for_update(self, task: Task) -> None:
         """Block the calling thread until the worker has finished a bucket's update, if any."""

@@ -2,14 +2,17 @@
 
 fold              before the agreement: cast or add gradients into the gradient shard
 sum_of_squares    before the agreement: one launch per gradient dtype
-update            after the agreement: one launch per gradient dtype; then one launch for each
-                  parameter that needs its whole gradient (see `gradients.whole`)
+prepare           after the agreement: the launches of the update, with all of their arguments: one
+                  per gradient dtype; then one for each parameter that needs its whole gradient (see
+                  `gradients.whole`). A large bucket that is copied to a device has several.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,14 +28,14 @@ from offload_adam.gradients.whole import (
 from offload_adam.kernels import threads
 from offload_adam.kernels.codes import MOST_LOST_OCTAVES, SQ_MAX_EXPONENT, SQ_MIN_EXPONENT
 from offload_adam.kernels.formats import FloatFormat
-from offload_adam.kernels.random_keys import KEY, SCALE, SHIFT, segment_keys
+from offload_adam.kernels.random_keys import KEY, LOCAL_START, SCALE, SHIFT, segment_keys
 from offload_adam.kernels.scalars import Hyperparameters, scalar_row
 from offload_adam.layout.budget import Category
-from offload_adam.layout.flat import Segment
+from offload_adam.layout.flat import Segment, align
 from offload_adam.layout.state_plan import FLOAT32_NBYTES
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.elements import FORMATS, bits_of
-from offload_adam.step.messages import UpdateInputs
+from offload_adam.step.messages import Launches, UpdateInputs, UpdatePart, count_step
 
 # Numba's workqueue layer aborts the process if two threads launch kernels at once, as the threads
 # of two optimizers would.
@@ -209,32 +212,48 @@ class HostUpdate:
                 )
         return sums
 
-    def update(
+    def prepare(
         self,
         state: BucketState,
         gradients: BucketGradients,
         active: npt.NDArray[np.bool_],
         inputs: UpdateInputs,
         param_out: torch.Tensor | None,
-    ) -> None:
-        """Update the shard's segments of `active` parameters and count the step for them.
+    ) -> Launches:
+        """Return the update of the shard's segments of `active` parameters, without running it.
 
         Args:
             active: (n,) bool, by position in the bucket.
             param_out: (shard_numel,) receives the 16-bit parameters; None for fp32 parameters.
         """
-        counts = inputs.count_step(state, active)
+        counts = inputs.counts_after(state, active)
         prepared = active & needs_preparation(state, gradients)
         plain = active & ~prepared
         rows, scalars = inputs.scalar_rows(state, counts, plain)
-        places = _places_at(state, counts, active, inputs.hyperparameters)
-        for table in gradients.tables(state, plain):
-            self._launch(state, table, rows[table.positions], scalars, places, param_out)
-        for segment in state.segments.select(prepared):
+        places, scales = _places_at(state, counts, active, inputs.hyperparameters)
+
+        def launch_of(table: SegmentTable) -> Callable[[], None]:
+            return self._launch_of(state, table, rows[table.positions], scalars, places, param_out)
+
+        def update_prepared(segment: Segment) -> None:
             step = int(counts[segment.position])
             self._update_prepared(state, gradients, segment, step, inputs, places, param_out)
 
-    def _launch(
+        tables = list(gradients.tables(state, plain))
+        last = [partial(update_prepared, one) for one in state.segments.select(prepared)]
+        numel = state.layout.shard_numel
+        num_parts = state.plan.num_parts
+        if num_parts == 1 or len(tables) != 1 or last:
+            parts = [UpdatePart(0, numel, partial(_run, [*map(launch_of, tables), *last]))]
+        else:
+            cuts = [align(numel * part // num_parts) for part in range(num_parts + 1)]
+            parts = [
+                UpdatePart(start, end, launch_of(tables[0].between(start, end)))
+                for start, end in pairwise(cuts)
+            ]
+        return Launches(parts, partial(count_step, state, counts, scales))
+
+    def _launch_of(
         self,
         state: BucketState,
         table: SegmentTable,
@@ -242,8 +261,8 @@ class HostUpdate:
         scalars: npt.NDArray[np.float32],
         places: npt.NDArray[np.int64] | None,
         param_out: torch.Tensor | None,
-    ) -> None:
-        """Update the table's segments in one launch.
+    ) -> Callable[[], None]:
+        """Return a function that updates the table's segments in one launch.
 
         Args:
             rows: (num segments,) the row of `scalars` that each segment uses.
@@ -251,24 +270,33 @@ class HostUpdate:
         """
         planes = state.planes
         largest, remainder = planes.max_exp_avg_sq, planes.master_remainder
-        with _launching:
-            self._adam.update(
-                table.gradient_format,
-                table.addresses,
-                table.starts,
-                table.work_starts(),
-                rows,
-                scalars,
-                bits_of(planes.master_weight),
-                None if remainder is None else remainder.numpy(),
-                bits_of(planes.exp_avg),
-                bits_of(planes.exp_avg_sq),
-                None if largest is None else largest.numpy(),
-                None if param_out is None else bits_of(param_out),
-                None if planes.exponents is None else planes.exponents.numpy(),
-                None if places is None else places[table.positions],
-                self._use_threads(int(table.numels.sum())),
-            )
+        if places is not None:
+            places = places[table.positions]
+            places[:, LOCAL_START] += table.skipped
+        update = partial(
+            self._adam.update,
+            table.gradient_format,
+            table.addresses,
+            table.starts,
+            table.work_starts(),
+            rows,
+            scalars,
+            bits_of(planes.master_weight),
+            None if remainder is None else remainder.numpy(),
+            bits_of(planes.exp_avg),
+            bits_of(planes.exp_avg_sq),
+            None if largest is None else largest.numpy(),
+            None if param_out is None else bits_of(param_out),
+            None if planes.exponents is None else planes.exponents.numpy(),
+            places,
+        )
+        numel = int(table.numels.sum())
+
+        def launch() -> None:
+            with _launching:
+                update(self._use_threads(numel))
+
+        return launch
 
     def _update_prepared(
         self,
@@ -293,7 +321,7 @@ class HostUpdate:
             FloatFormat.FLOAT32, *(np.array([column], dtype=np.int64) for column in columns)
         )
         rows = np.zeros(1, dtype=np.int64)
-        self._launch(state, table, rows, scalars[None], places, param_out)
+        self._launch_of(state, table, rows, scalars[None], places, param_out)()
 
     def _update_rows(
         self,
@@ -330,6 +358,11 @@ class HostUpdate:
         return num_pieces
 
 
+def _run(actions: Iterable[Callable[[], None]]) -> None:
+    for action in actions:
+        action()
+
+
 def _positions_of(state: BucketState, sums: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Return the position of the parameter that each block sum belongs to, given its index."""
     segments = np.searchsorted(state.segments.sum_starts, sums, side="right")
@@ -355,26 +388,27 @@ def _places_at(
     counts: npt.NDArray[np.int64],
     active: npt.NDArray[np.bool_],
     hyperparameters: Sequence[Hyperparameters],
-) -> npt.NDArray[np.int64] | None:
-    """Return a copy of `BucketState.places` for this step, None for fp32 state.
+) -> tuple[npt.NDArray[np.int64] | None, npt.NDArray[np.float64] | None]:
+    """Return a copy of `BucketState.places` for this step, and the scales after it.
 
-    It advances the scales of active parameters.
+    Both are None for fp32 state, the scales without codes.
 
     Args:
         counts: (num parameters,) int64 step counts, including this step.
-        active: (num parameters,) bool.
+        active: (num parameters,) bool. Only their scales advance.
         hyperparameters: indexed by `BucketState.groups`.
     """
     if state.places is None:
-        return None
+        return None, None
     places = state.places.copy()
     places[:, KEY] = segment_keys(places[:, KEY].view(np.uint64), counts)
-    if state.scales is not None:
-        beta2 = np.array([hyper.beta2 for hyper in hyperparameters])[state.groups[active]]
-        scales = state.scales.numpy()
-        scales[active], places[active, SHIFT] = _decayed(scales[active], beta2)
-        places[:, SCALE] = scales.astype(np.float32).view(np.int32)
-    return places
+    if state.scales is None:
+        return places, None
+    beta2 = np.array([hyper.beta2 for hyper in hyperparameters])[state.groups[active]]
+    scales = state.scales.numpy().copy()
+    scales[active], places[active, SHIFT] = _decayed(scales[active], beta2)
+    places[:, SCALE] = scales.astype(np.float32).view(np.int32)
+    return places, scales
 
 
 def _decayed(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -135,16 +136,18 @@ class UpdateInputs:
     lazy: bool = False
     largest_gradient: float = math.inf
 
-    def count_step(
+    def counts_after(
         self, state: BucketState, active: npt.NDArray[np.bool_]
     ) -> npt.NDArray[np.int64]:
-        """Count the step for the bucket's active parameters; return (n,) step counts of all."""
-        counts = state.step_counts.numpy()
-        if self.step is None:
-            counts[active] += 1.0
-        else:
-            counts[:] = self.step
-        return counts.astype(np.int64)
+        """Return the (n,) step counts of the bucket's parameters, including this step."""
+        if self.step is not None:
+            return np.full(active.shape, self.step, dtype=np.int64)
+        counts: npt.NDArray[np.int64] = state.step_counts.numpy().astype(np.int64) + active
+        return counts
+
+    def count_step(self, state: BucketState, active: npt.NDArray[np.bool_]) -> None:
+        """Count the step for the bucket's active parameters."""
+        count_step(state, self.counts_after(state, active))
 
     def scalar_rows(
         self,
@@ -187,6 +190,33 @@ class UpdateInputs:
         centralized = bool(state.centralized[position])
         how = Preparation(self.gradient_scale, hyper.weight_decay, centralized)
         return replace(hyper, weight_decay=0.0), how
+
+
+class UpdatePart(NamedTuple):
+    """A part of a bucket's update: `run` updates the shard's elements [start, end)."""
+
+    start: int
+    end: int
+    run: Callable[[], None]
+
+
+class Launches(NamedTuple):
+    """The update of one bucket: run its parts, in this order, then count the step."""
+
+    parts: Sequence[UpdatePart]
+    count_step: Callable[[], None]
+
+
+def count_step(
+    state: BucketState,
+    counts: npt.NDArray[np.int64],
+    scales: npt.NDArray[np.float64] | None = None,
+) -> None:
+    """Store a bucket's step counts, and its scales unless None."""
+    state.step_counts.numpy()[:] = counts
+    if scales is not None:
+        assert state.scales is not None
+        state.scales.numpy()[:] = scales
 
 
 _SAME_SETTINGS = (

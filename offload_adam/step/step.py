@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -169,7 +170,7 @@ class ShardedAdam:
         self.executor = Executor(
             self.transfer,
             self.tasks,
-            backend.make_worker() if overlaps else None,
+            backend.make_workers() if overlaps else None,
             ranks,
             self._background,
             self.external_edits.after_update,
@@ -727,6 +728,11 @@ class ShardedAdam:
 
 def _release(executor: Executor, arenas: Sequence[HostArena]) -> None:
     """End the executor, then unpin and drop the arenas that its updates used."""
+    if executor.runs_here():
+        # The garbage collector has finalized the optimizer on one of its own threads, which cannot
+        # wait for itself: its jobs are not over.
+        threading.Thread(target=_release, args=(executor, arenas), daemon=True).start()
+        return
     has_ended = False  # stays False if `close` is interrupted
     try:
         has_ended = executor.close()

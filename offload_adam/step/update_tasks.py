@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -18,11 +20,31 @@ from offload_adam.spans import Stopwatch
 from offload_adam.step.device_norm import wait_for_squares
 from offload_adam.step.device_update import DeviceUpdate
 from offload_adam.step.host_update import HostUpdate
-from offload_adam.step.messages import UpdateInputs
+from offload_adam.step.messages import Launches, UpdateInputs, UpdatePart
 from offload_adam.step.snapshot_lock import SnapshotLock
 from offload_adam.transfer.collectives import Collectives, PendingCollective
 from offload_adam.transfer.slots import Rings
 from offload_adam.transfer.stream_waits import StreamWaits
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedUpdate:
+    """The update of one bucket in one step, before it runs.
+
+    gradients: kept, because launches have only addresses of them.
+    param_out: (shard_numel,) receives the 16-bit parameters; None if the kernel writes none.
+    launches: of the update.
+    runs: (start, end) of the shard's elements that are copied to the device.
+    stages_master: H2D copies read master weights from a staging slot.
+    """
+
+    state: BucketState
+    gradients: BucketGradients
+    param_out: torch.Tensor | None
+    launches: Launches
+    runs: Sequence[tuple[int, int]]
+    stages_master: bool
+
 
 BucketUpdate = HostUpdate | DeviceUpdate
 """Norm and update of a bucket: `HostUpdate` for state in host memory, else `DeviceUpdate`."""
@@ -109,69 +131,103 @@ class UpdateTasks:
         inputs: UpdateInputs,
         stopwatch: Stopwatch,
     ) -> None:
-        """Update this rank's shard of a bucket, and issue the H2D copy of its parameters."""
+        """Update this rank's shard of a bucket, and issue the H2D copies of its parameters."""
+        start_s = time.perf_counter()
+        update = self.prepare(number, gradients, active, inputs)
+        is_host = update.state.plan.location.is_host
+        phase = "update" if is_host else "device update"
+        stopwatch.add(phase, time.perf_counter() - start_s)
+        for part in update.launches.parts:
+            self.launch(update, part, stopwatch)
+            self.finish(update, part, stopwatch)
+
+    def prepare(
+        self,
+        number: int,
+        gradients: BucketGradients,
+        active: npt.NDArray[np.bool_],
+        inputs: UpdateInputs,
+    ) -> PreparedUpdate:
+        """Compute all arguments of a bucket's update. Never waits, and modifies nothing."""
         state = self.states[number]
-        self._await_turn(state, stopwatch)
-        is_host = state.plan.location.is_host
+        param_out = None
+        if state.plan.writes_parameters:
+            param_out = self._staging_slot(state) if state.plan.is_offloaded else state.shard
+        launches = self.updates[number].prepare(state, gradients, active, inputs, param_out)
+        runs = _runs(state, active) if state.plan.is_offloaded else []
+        # Without runs, this step may have had no D2H copy for which the host waited: an H2D copy of
+        # the previous step may still read the slot.
+        stages_master = param_out is None and bool(runs) and state.plan.stages_parameters
+        return PreparedUpdate(state, gradients, param_out, launches, runs, stages_master)
+
+    def launch(self, update: PreparedUpdate, part: UpdatePart, stopwatch: Stopwatch) -> None:
+        """Update a part of this rank's shard of a bucket, once nothing else uses its memory."""
+        state = update.state
+        number, is_host = state.layout.index, state.plan.location.is_host
+        if part.start == 0:
+            self._await_turn(state, stopwatch)
         with stopwatch.span("update" if is_host else "device update", number):
-            param_out = self._param_out(state)
-            self.updates[number].update(state, gradients, active, inputs, param_out)
+            part.run()
             if not is_host:
                 self.stream_waits.record(Operation.UPDATE, number)
-        if state.plan.is_offloaded:
+        if update.stages_master:
+            # The master is not page-locked: CUDA would block the thread that issues the copy for
+            # the whole copy.
             with stopwatch.span("H2D copy", number):
-                self._copy_h2d(state, active, param_out)
+                self.stage(state, part.start, part.end)
 
     def _await_turn(self, state: BucketState, stopwatch: Stopwatch) -> None:
         """Wait for the staging slot that the update writes, and for a checkpoint of the bucket."""
         number = state.layout.index
         with stopwatch.span("H2D copy", number) if state.plan.is_offloaded else nullcontext():
             # The kernel writes the staging slot from this thread. So this thread, not a stream,
-            # waits until the H2D copy of the bucket that used the slot before has read it.
+            # waits until the H2D copy of the bucket that used the slot before has read it. That
+            # copy has been issued: see `UpdatePipeline`.
             self.stream_waits.wait_before(Operation.UPDATE, number)
         if self._snapshot_lock.holds(number):
             with stopwatch.span("checkpoint wait", number):
                 self._snapshot_lock.wait_until_free(number)
-
-    def _param_out(self, state: BucketState) -> torch.Tensor | None:
-        """Return the tensor for updated 16-bit parameters, None if the kernel writes none."""
-        if not state.plan.writes_parameters:
-            return None
-        return self._staging_slot(state) if state.plan.is_offloaded else state.shard
 
     def _staging_slot(self, state: BucketState) -> torch.Tensor:
         """Return the host slot from which a bucket's parameters are copied to the device."""
         slot = self.stream_waits.schedule.staging_slots[state.layout.index]
         return self._rings.staging_slot(state.layout.bucket_key, slot, state.layout.shard_numel)
 
-    def stage(self, state: BucketState) -> torch.Tensor:
-        """Copy a shard's master weights, or high halves, to its staging slot; return the slot."""
+    def stage(self, state: BucketState, start: int, end: int) -> None:
+        """Copy elements [start, end) of a shard's master weights, or high halves, to its slot."""
         slot, update = self._staging_slot(state), self.updates[state.layout.index]
         assert not isinstance(update, DeviceUpdate)
-        update.fold(slot, state.planes.master_weight, adds=False)
-        return slot
+        update.fold(slot[start:end], state.planes.master_weight[start:end], adds=False)
 
-    def _copy_h2d(
-        self, state: BucketState, active: npt.NDArray[np.bool_], param_out: torch.Tensor | None
-    ) -> None:
-        """Copy the updated parameters of this shard to the device."""
+    def finish(self, update: PreparedUpdate, part: UpdatePart, stopwatch: Stopwatch) -> None:
+        """Issue the H2D copy of what a part has updated. After the last part, count the step."""
+        if update.state.plan.is_offloaded:
+            with stopwatch.span("H2D copy", update.state.layout.index):
+                self._copy_h2d(update, part)
+        if part is update.launches.parts[-1]:
+            update.launches.count_step()
+
+    def _copy_h2d(self, update: PreparedUpdate, part: UpdatePart) -> None:
+        state = update.state
         number = state.layout.index
-        source = state.planes.master_weight if param_out is None else param_out
-        runs = _runs(state, active)
-        # Without runs, this step may have had no D2H copy for which the host waited: an H2D copy of
-        # the previous step may still read the slot.
-        if runs and param_out is None and state.plan.stages_parameters:
-            # The master is not page-locked: CUDA would block this thread for the whole H2D copy.
-            source = self.stage(state)
+        if update.param_out is not None:
+            source = update.param_out
+        elif update.stages_master:
+            source = self._staging_slot(state)
+        else:
+            source = state.planes.master_weight
+
+        bounds = [(max(low, part.start), min(high, part.end)) for low, high in update.runs]
+        sources = [source[start:end] for start, end in bounds if start < end]
+        targets = [state.shard[start:end] for start, end in bounds if start < end]
 
         def copy() -> None:
-            for start, end in runs:
-                state.shard[start:end].copy_(source[start:end], non_blocking=True)
+            for target, one in zip(targets, sources, strict=True):
+                target.copy_(one, non_blocking=True)
 
-        # The H2D stream first waits for RELEASE: the model may still read the old parameters.
-        self.stream_waits.run(
-            Operation.COPY_H2D, number, copy, reads=[source], writes=[state.shard]
-        )
+        # The H2D stream first waits for RELEASE: the model may still read the old parameters. Each
+        # part records the event of the bucket again, so that it comes after all of them.
+        self.stream_waits.run(Operation.COPY_H2D, number, copy, reads=sources, writes=targets)
 
     def skip_copy_h2d(self, number: int) -> None:
         """Record an H2D event for a skipped bucket that has a staging slot."""

@@ -12,8 +12,9 @@ from offload_adam.layout.schedule import Lane, Operation, Schedule, Task, plan_s
 from offload_adam.transfer.streams import Event, Streams
 
 # Pauses between queries of an event. The first is much shorter than a bucket's copy, so that an
-# update starts without delay. They double, so that a long wait leaves the core to the kernels.
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2e-5, 1e-3
+# update starts without delay. They double, so that a long wait leaves the core to the kernels, but
+# only up to a length that costs a bucket's update of 5 ms little.
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2e-5, 2e-4
 
 
 class StreamWaits:

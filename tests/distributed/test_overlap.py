@@ -15,6 +15,7 @@ from offload_adam import OffloadAdam, OffloadPolicy, PeerFailedError
 from offload_adam.layout.schedule import Operation
 from tests.support.ranks import RankError, RankPool
 from tests.support.scenario import bits_of
+from tests.support.updates import running_first
 from tests.unit.overlap.lazy_worker import Lazy
 
 pytestmark = pytest.mark.distributed
@@ -222,10 +223,10 @@ def fail_in_update(rank: int, world_size: int) -> str:
         assert optimizer._core is not None
         update = optimizer._core.tasks.updates[0]
 
-        def fail(*_: object) -> None:
+        def fail() -> None:
             raise ZeroDivisionError("inside the update")
 
-        update.update = fail  # type: ignore[assignment,method-assign]
+        update.prepare = running_first(update.prepare, fail)  # type: ignore[method-assign]
     try:
         model(batch(rank, 1), set()).square().mean().backward()
         optimizer.step()

@@ -8,7 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +28,7 @@ from tests.distributed.test_checkpoints import assert_same, make, train, whole_s
 from tests.support.models import Model
 from tests.support.ranks import RankPool
 from tests.support.reference import Outcome, outcome_of
+from tests.support.updates import running_first
 
 MODES = ("sync", "async")
 
@@ -233,10 +234,11 @@ def save_after_a_failed_update(rank: int, world_size: int, path: str) -> Outcome
     )
     if rank == 1:
 
-        def fail(*_: Any) -> None:
+        def fail() -> None:
             raise MemoryError("no memory for an update")
 
-        optimizer._alive().tasks.updates[0].update = cast(Any, fail)  # type: ignore[method-assign]
+        update = optimizer._alive().tasks.updates[0]
+        update.prepare = running_first(update.prepare, fail)  # type: ignore[method-assign]
     model(torch.ones(4, 3, 5, 5)).square().mean().backward()
     optimizer.step()
     outcome = outcome_of(lambda: save("sync", Path(path) / "one", model, optimizer))

@@ -44,7 +44,7 @@ def begin():
     make()
     step()
     tasks = optimizer._alive().tasks
-    tasks.update = slowed(tasks.update)
+    tasks.launch = slowed(tasks.launch)
     Save.write_bucket = slowed(Save.write_bucket)
     pending = begin_checkpoint(sys.argv[1], model=model, optimizer=optimizer)
     step()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import pytest
@@ -19,6 +21,8 @@ from tests.gpu.intervals import Interval, shared, total, within
 SIZES = Sizes(num_layers=6, width=1024, num_heads=8, sequence_length=512)
 NUM_STEPS = 4
 LEAST_SHARE = 0.5
+MOST_GAP_US = 150.0
+"""Most microseconds between two updates: 90 to 105 were measured on a CPU, see tests.bench.gaps."""
 MARK = "spin_kernel"
 """The kernel of torch.cuda._sleep."""
 
@@ -136,3 +140,12 @@ def test_updates_and_copies_overlap_with_forward_and_backward(batch: int) -> Non
 def test_without_overlap_no_update_runs_during_a_forward(batch: int) -> None:
     found = record(batch, overlap=False)
     assert shared(found.updates, found.forwards) <= 0.02 * total(found.updates)
+
+
+def test_one_update_follows_another_at_once(batch: int) -> None:
+    """The time between two updates of one step; that between two steps is longer by far."""
+    found = record(batch, overlap=True)
+    starts = sorted(found.updates, key=lambda update: update.start)
+    gaps = [after.start - before.end for before, after in pairwise(starts)]
+    within_steps = sorted(gaps)[: len(gaps) - NUM_STEPS + 1]
+    assert median(within_steps) <= MOST_GAP_US

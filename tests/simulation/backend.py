@@ -14,14 +14,15 @@ from offload_adam.transfer.collectives import Collectives, PendingCollective
 from offload_adam.transfer.streams import DONE, DeviceStreams, Event, Streams
 from tests.simulation.detector import Clock
 from tests.simulation.machine import (
+    COPY,
     LANES,
-    TRAINING,
     UPDATE,
     Machine,
     SimulatedEvent,
     Stream,
 )
 from tests.simulation.memory import poison
+from tests.support.updates import run_on_worker
 
 
 class SimulatedStreams(DeviceStreams[Stream]):
@@ -163,19 +164,23 @@ class SimulatedCollectives(Collectives):
 
 
 class SimulatedJob:
-    """One job of the update thread."""
+    """One job of a worker."""
 
-    def __init__(self, worker: SimulatedWorker, what: str, job: Callable[[], None]) -> None:
+    def __init__(self, worker: SimulatedWorker, what: str, job: Callable[[], object]) -> None:
         self.what = what
         self.given: Clock = worker.machine.release()
         self.ended: Clock | None = None
-        self.job: Callable[[], None] | None = job
+        self.job: Callable[[], object] | None = job
         self._worker = worker
 
     def is_over(self) -> bool:
         """Return whether the job has ended."""
         self._worker.machine.elapse()
         return self.ended is not None
+
+    def wait_until_begun(self, timeout_s: float) -> None:
+        """Let jobs run, or not."""
+        self._worker.machine.elapse()
 
     def wait(self, timeout_s: float) -> bool:
         """Run jobs up to this one, none with a timeout of 0; raise the error of a job."""
@@ -189,37 +194,49 @@ class SimulatedJob:
         return True
 
 
-class SimulatedWorker:
-    """Runs jobs as the update thread: at random times, or at last when a caller waits for them."""
+def simulated_workers(machine: Machine) -> tuple[SimulatedWorker, SimulatedWorker]:
+    """Return an update thread and a copy thread."""
+    return SimulatedWorker(machine, UPDATE), SimulatedWorker(machine, COPY)
 
-    def __init__(self, machine: Machine) -> None:
+
+class SimulatedWorker:
+    """Runs jobs as a thread: at random times, or at last when a caller waits for them."""
+
+    def __init__(self, machine: Machine, thread: str) -> None:
         self.machine = machine
         self.failure: BaseException | None = None
+        self._thread = thread
+        self._is_running = False
         self._waiting: deque[SimulatedJob] = deque()
-        machine.run_update_job = self.run_next
+        machine.run_jobs[thread] = self.run_next
 
-    def submit(self, what: str, job: Callable[[], None]) -> SimulatedJob:
+    def submit(self, what: str, job: Callable[[], object]) -> SimulatedJob:
         """Queue a job."""
         given = SimulatedJob(self, what, job)
         self._waiting.append(given)
         self.machine.elapse()
         return given
 
+    def is_current(self) -> bool:
+        """Return False: nothing is finalized by a job."""
+        return False
+
     def run_next(self) -> bool:
         """Run one job; return whether there was any. One job does not interrupt another."""
-        if not self._waiting or self.machine.thread == UPDATE:
+        if not self._waiting or self._is_running:
             return False
         job = self._waiting.popleft()
         assert job.job is not None
-        task = self.machine.task
         with ExitStack() as back:
-            back.callback(setattr, self.machine, "thread", TRAINING)
-            back.callback(setattr, self.machine, "task", task)
-            self.machine.thread, self.machine.task = UPDATE, job.what
+            back.callback(setattr, self, "_is_running", False)
+            back.callback(setattr, self.machine, "thread", self.machine.thread)
+            back.callback(setattr, self.machine, "task", self.machine.task)
+            self._is_running = True
+            self.machine.thread, self.machine.task = self._thread, job.what
             self.machine.join(job.given)
             if self.failure is None:
                 try:
-                    job.job()
+                    run_on_worker(job.job)
                 except BaseException as error:
                     self.failure = error
             job.job = None

@@ -23,6 +23,7 @@ from tests.simulation.detector import Clock, Detector
 
 TRAINING = "training thread"
 UPDATE = "update thread"
+COPY = "copy thread"
 
 
 class Side(Enum):
@@ -41,7 +42,7 @@ class Side(Enum):
 Stream = Lane | Side
 LANES = (Lane.COMPUTE, Lane.REDUCE, Lane.D2H, Lane.H2D, Lane.GATHER)
 STREAMS: tuple[Stream, ...] = (*LANES, *Side)
-ACTORS = (TRAINING, UPDATE, *(stream.value for stream in STREAMS))
+ACTORS = (TRAINING, UPDATE, COPY, *(stream.value for stream in STREAMS))
 
 
 @dataclass(eq=False)
@@ -103,7 +104,7 @@ class Machine:
         self.thread = TRAINING
         self.task = "construction"
         self.current_stream: Stream = Lane.COMPUTE
-        self.run_update_job: Callable[[], bool] = lambda: False
+        self.run_jobs: dict[str, Callable[[], bool]] = {}  # run one job of this thread, if any
         self._in_action = False
         self._host_pace = self.random.choice([0.0, 0.0, 0.1, 1.0, 10.0])
         self._queues: dict[Stream, _Queue] = {
@@ -178,15 +179,16 @@ class Machine:
     # Virtual time.
 
     def elapse(self) -> None:
-        """Advance the host by a random time, in which lanes and the update thread may run."""
+        """Advance the host by a random time, in which lanes and other threads may run."""
         if self._in_action or self._host_pace == 0.0:
             return
         until = self.now + self.random.expovariate(1.0) * self._host_pace
         while self._first_end() <= until:
             self.advance()
         self.now = max(self.now, until)
-        if self.thread == TRAINING and self.random.random() < 0.2:
-            self.run_update_job()
+        for thread, run_job in self.run_jobs.items():
+            if thread != self.thread and self.random.random() < 0.2:
+                run_job()
 
     def advance(self) -> bool:
         """Run the work that ends first; return whether there was any."""

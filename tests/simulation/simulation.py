@@ -19,7 +19,7 @@ from tests.simulation.backend import (
     HostLanes,
     SimulatedCollectives,
     SimulatedStreams,
-    SimulatedWorker,
+    simulated_workers,
 )
 from tests.simulation.case import Case
 from tests.simulation.detector import Detector, Race
@@ -121,7 +121,7 @@ class Simulation:
                 self.machine
             ),
             make_collectives=lambda _: SimulatedCollectives(self.machine, self),
-            make_worker=lambda: SimulatedWorker(self.machine),
+            make_workers=lambda: simulated_workers(self.machine),
             num_reduce_slots=case.num_reduce_slots,
             num_staging_slots=case.num_staging_slots,
         )

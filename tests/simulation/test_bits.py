@@ -12,6 +12,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import seed as drawn_from
 from hypothesis import strategies as st
 
+from offload_adam.layout import state_plan
 from offload_adam.layout.schedule import Operation
 from offload_adam.options import Pin
 from tests.simulation.case import Case, Step, cases, simple_case
@@ -202,6 +203,30 @@ def test_fp32_parameters_without_pinned_state_use_staging_slots(overlaps: bool) 
     reference = reference_of(case)
     for seed in range(4):
         assert Simulation(case, reference, seed).run() == []
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+@pytest.mark.parametrize("part_numel", [128, 150])  # equal parts; parts of one block or two
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "fp32"},
+        {"dtype": "fp32", "pin": "staging"},
+        {"dtype": "bf16", "world_size": 2, "rank": 1},
+        {"dtype": "bf16", "state_format": "bf16"},
+        {"dtype": "bf16", "state_format": "int8", "world_size": 2},
+    ],
+)
+def test_each_part_of_a_large_update_is_copied_to_the_device(
+    options: dict[str, Any], part_numel: int, overlaps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Buckets have two layers, cut into two to six parts, most of them within a parameter."""
+    case = simple_case(6, bucket_nbytes=4 * 700, overlaps=overlaps, **options)
+    reference = reference_of(case)
+    monkeypatch.setattr(state_plan, "PART_NUMEL", part_numel)
+    for seed in range(4):
+        simulation = Simulation(case, reference, seed)
+        assert simulation.run() == []
 
 
 def test_a_shard_of_padding_is_not_staged() -> None:

@@ -18,7 +18,7 @@ from offload_adam.params.bucket import BucketState
 from offload_adam.step.device_norm import DeviceNorms
 from offload_adam.step.device_update import DeviceUpdate
 from offload_adam.step.host_update import HostUpdate
-from offload_adam.step.messages import UpdateInputs
+from offload_adam.step.messages import Launches, UpdateInputs, UpdatePart
 from offload_adam.step.step import ShardedAdam
 from offload_adam.step.update_tasks import BucketUpdate, UpdateTasks
 from offload_adam.transfer.stream_waits import StreamWaits
@@ -74,35 +74,55 @@ class WatchedUpdate:
             self._machine.launch(Lane.COMPUTE, lambda: None, name, reads=found)
             self._machine.record(Lane.COMPUTE).synchronize()
 
-    def update(
+    def prepare(
         self,
         state: BucketState,
         gradients: BucketGradients,
         active: npt.NDArray[np.bool_],
         inputs: UpdateInputs,
         param_out: torch.Tensor | None,
+    ) -> Launches:
+        launches = self._inner.prepare(state, gradients, active, inputs, param_out)
+        parts = [
+            part._replace(run=partial(self._update, part, state, gradients, active, param_out))
+            for part in launches.parts
+        ]
+        return launches._replace(parts=parts)
+
+    def _update(
+        self,
+        part: UpdatePart,
+        state: BucketState,
+        gradients: BucketGradients,
+        active: npt.NDArray[np.bool_],
+        param_out: torch.Tensor | None,
     ) -> None:
-        planes = state.planes
-        written = _parts(state, active, planes.master_weight, planes.exp_avg, planes.exp_avg_sq)
-        slot = [] if param_out is None else _parts(state, active, param_out)
+        planes, run = state.planes, part.run
+        written = _parts(
+            state, active, part, planes.master_weight, planes.exp_avg, planes.exp_avg_sq
+        )
+        slot = [] if param_out is None else _parts(state, active, part, param_out)
         reads = _gradients(state, gradients, active)
         name = f"update of bucket {state.layout.index}"
         reads, writes = [*reads, *written], [*written, *slot]
         if not state.plan.location.is_host:
-            update = partial(self._inner.update, state, gradients, active, inputs, param_out)
-            self._machine.launch(Lane.COMPUTE, update, name, reads=reads, writes=writes)
+            self._machine.launch(Lane.COMPUTE, run, name, reads=reads, writes=writes)
             return
         self._machine.touch(name, reads, writes)
-        for part in slot:
-            poison(part)
-        self._inner.update(state, gradients, active, inputs, param_out)
+        for piece in slot:
+            poison(piece)
+        run()
 
 
 def _parts(
-    state: BucketState, active: npt.NDArray[np.bool_], *planes: torch.Tensor
+    state: BucketState, active: npt.NDArray[np.bool_], part: UpdatePart, *planes: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Return the parts of planes that an update of the active parameters touches."""
-    return [segment.of(plane) for plane in planes for segment in state.segments.select(active)]
+    """Return what a part of the update of the active parameters touches of these planes."""
+    bounds = [
+        (max(s.shard_start, part.start), min(s.shard_start + s.numel, part.end))
+        for s in state.segments.select(active)
+    ]
+    return [plane[low:high] for plane in planes for low, high in bounds if low < high]
 
 
 def _gradients(
@@ -143,11 +163,10 @@ def watch_staging(tasks: UpdateTasks, machine: Machine) -> None:
     """Report the host's copies of fp32 parameters to their staging slots."""
     stage = tasks.stage
 
-    def watched(state: BucketState) -> torch.Tensor:
-        slot = stage(state)
-        name = f"staging of bucket {state.layout.index}"
-        machine.touch(name, reads=[state.planes.master_weight], writes=[slot])
-        return slot
+    def watched(state: BucketState, start: int, end: int) -> None:
+        stage(state, start, end)
+        name, slot = f"staging of bucket {state.layout.index}", tasks._staging_slot(state)
+        machine.touch(name, reads=[state.planes.master_weight[start:end]], writes=[slot[start:end]])
 
     tasks.stage = watched  # type: ignore[method-assign]
 

@@ -163,7 +163,7 @@ def test_a_closure_may_call_the_optimizer() -> None:
 class SlowUpdates(UpdateThread):
     """Takes so long for each job that several threads come to wait for the same one."""
 
-    def submit(self, what: str, job: Callable[[], None]) -> Ticket:
+    def submit(self, what: str, job: Callable[[], object]) -> Ticket:
         def run() -> None:
             time.sleep(0.002)
             job()
@@ -174,7 +174,7 @@ class SlowUpdates(UpdateThread):
 class Overlapped(OffloadAdamW):
     """Its updates run slowly, beside the next forward."""
 
-    _backend = Backend(make_worker=SlowUpdates)
+    _backend = Backend(make_workers=SlowUpdates.pair)
 
 
 def overlapped() -> tuple[nn.Module, OffloadAdamW, Callable[[int], None]]:

@@ -310,7 +310,7 @@ def test_an_update_that_fails_is_reported_by_the_newer_optimizer(
     def fail(*arguments: object) -> None:
         raise ArithmeticError("the kernel failed")
 
-    monkeypatch.setattr(core.tasks, "update", fail)
+    monkeypatch.setattr(core.tasks, "launch", fail)
     model(exact_gradients(model.all, 1, 1)).backward()
     older.step()
     with (

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.schedule import Lane, Operation, Schedule, Task, plan_schedule
-from offload_adam.layout.state_plan import StateLocation, StatePolicy, plan_state
+from offload_adam.layout.state_plan import PART_NUMEL, StateLocation, StatePolicy, plan_state
 from offload_adam.layout.timeline import Timeline, predict_timeline
 from tests.support.plans import equal_plans, offloaded
 
@@ -135,6 +135,32 @@ def test_updates_on_the_device_come_before_the_forward_and_do_not_hold_up_the_ho
     starts = {interval.task: interval.start_s for interval in timeline.intervals}
     assert [starts[Task(Operation.UPDATE, number)] for number in (1, 0, 3, 2)] == [0, 1, 0, 1]
     assert [starts[Task(Operation.USE, number)] for number in (3, 2, 1, 0)] == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(("copy_s", "ends_s"), [(2.0, 4.5), (8.0, 9.0)])
+def test_a_large_bucket_is_copied_part_by_part_while_it_is_updated(
+    copy_s: float, ends_s: float
+) -> None:
+    """Four parts take 4 s. The copy is slower or faster than the update."""
+    plans = [offloaded(plan) for plan in equal_plans(1)]
+    schedule = plan_schedule(plans, num_reduce_slots=1, num_staging_slots=1)
+    seconds = {Operation.UPDATE: 4.0, Operation.COPY_H2D: copy_s}
+    timeline = predict_timeline(
+        schedule, lambda task: seconds.get(task.operation, 0.0), lambda bucket: 4
+    )
+    copied = next(i for i in timeline.intervals if i.task.operation is Operation.COPY_H2D)
+    assert (copied.start_s, copied.end_s) == (1.0, ends_s)
+    assert timeline.end_s == ends_s
+
+
+def test_a_shard_has_as_many_parts_as_it_holds_default_buckets() -> None:
+    numels = {2 * PART_NUMEL - 128: 1, 2 * PART_NUMEL: 2, 7 * PART_NUMEL + 1: 7}
+    for numel, num_parts in numels.items():
+        spec = ParameterSpec(0, numel, 2, "f", on_device=True)
+        (plan,) = plan_state([spec], StatePolicy())
+        assert plan.num_parts == num_parts
+        (on_host,) = plan_state([replace(spec, on_device=False)], StatePolicy())
+        assert on_host.num_parts == 1, "nothing is copied"
 
 
 def test_state_on_the_device_is_updated_on_the_models_own_lane() -> None:

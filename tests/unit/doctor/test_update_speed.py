@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from offload_adam.step.host_update import HostUpdate
 from offload_adam.train import speeds
 from offload_adam.train.records import StepRecord
 from offload_adam.train.speeds import NUM_STEPS, NUM_WARMUP, UpdateSpeed
+from tests.support.updates import running_first
 from tests.unit.test_train_alone import SMALL, run
 
 
@@ -91,13 +91,8 @@ def test_an_overlapped_update_is_timed_once_in_the_next_record_skipped_or_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Slow down the update of each of three buckets by 20 ms; steps 3 and 4 are skipped."""
-    update = HostUpdate.update
-
-    def slow(*arguments: Any, **keywords: Any) -> None:
-        time.sleep(0.02)
-        update(*arguments, **keywords)
-
-    monkeypatch.setattr(HostUpdate, "update", slow)
+    slow = running_first(HostUpdate.prepare, lambda: time.sleep(0.02))
+    monkeypatch.setattr(HostUpdate, "prepare", slow)
     model, optimizer = overlapping(3)
     found: list[tuple[bool, float]] = []
     for factor in (1.0, 1.0, float("inf"), float("inf"), 1.0, 1.0):

@@ -53,14 +53,14 @@ def start_step(name, seconds, error=None, **options):
     optimizer = Offloaded(
         model.parameters(), module=model, overlap=True, **in_policies(bucket_nbytes=1, **options))
     tasks = optimizer._alive().tasks
-    update = tasks.update
-    def slow_update(*arguments):
+    launch = tasks.launch
+    def slow_launch(*arguments):
         time.sleep(seconds)
         if error is not None:
             raise error
-        update(*arguments)
+        launch(*arguments)
         runtime.num_over += 1
-    tasks.update = slow_update
+    tasks.launch = slow_launch
     model(torch.ones(2, 16, dtype=torch.bfloat16)).sum().backward()
     optimizer.step()
     return optimizer
@@ -164,13 +164,13 @@ class HeldUp:
             model.parameters(), module=model, overlap=True, **in_policies(pin="all")
         )
         self.core = self.optimizer._alive()
-        update = self.core.tasks.update
+        launch = self.core.tasks.launch
 
-        def wait_then_update(*arguments: Any) -> None:
+        def wait_then_launch(*arguments: Any) -> None:
             self.may_go_on.wait(60.0)
-            update(*arguments)
+            launch(*arguments)
 
-        self.core.tasks.update = wait_then_update  # type: ignore[method-assign,assignment]
+        self.core.tasks.launch = wait_then_launch  # type: ignore[method-assign,assignment]
         model(torch.ones(2, 4)).sum().backward()
         self.optimizer.step()
         self.pinned_nbytes = self.runtime.nbytes

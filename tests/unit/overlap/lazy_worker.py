@@ -9,12 +9,13 @@ from dataclasses import replace
 from offload_adam import OffloadAdam
 from offload_adam.step.build import Backend
 from tests.support.devices import HOST_AS_DEVICE
+from tests.support.updates import run_on_worker
 
 
 class LazyJob:
     """A job that does not begin before a caller waits for it."""
 
-    def __init__(self, worker: LazyWorker, what: str, run: Callable[[], None]) -> None:
+    def __init__(self, worker: LazyWorker, what: str, run: Callable[[], object]) -> None:
         self.what = what
         self.run = run
         self.worker = worker
@@ -23,6 +24,9 @@ class LazyJob:
 
     def is_over(self) -> bool:
         return self.ended
+
+    def wait_until_begun(self, timeout_s: float) -> None:
+        """Return at once: the job begins when a caller waits for it."""
 
     def wait(self, timeout_s: float) -> bool:
         while not self.ended:
@@ -39,18 +43,27 @@ class LazyWorker:
         self.waiting: deque[LazyJob] = deque()
         self.done: list[str] = []
         self.failure: BaseException | None = None
-        latest.append(self)
 
-    def submit(self, what: str, job: Callable[[], None]) -> LazyJob:
+    @classmethod
+    def pair(cls) -> tuple[LazyWorker, LazyWorker]:
+        """Return an update thread, also in `latest`, and a copy thread, also in `copying`."""
+        latest.append(cls())
+        copying.append(cls())
+        return latest[-1], copying[-1]
+
+    def submit(self, what: str, job: Callable[[], object]) -> LazyJob:
         given = LazyJob(self, what, job)
         self.waiting.append(given)
         return given
+
+    def is_current(self) -> bool:
+        return False
 
     def run_next(self) -> None:
         job = self.waiting.popleft()
         try:
             if self.failure is None:
-                job.run()
+                run_on_worker(job.run)
         except BaseException as error:
             self.failure = error
         job.error = self.failure
@@ -64,16 +77,19 @@ class LazyWorker:
 
 
 latest: list[LazyWorker] = []
-"""All workers, in the order of their construction."""
+"""All update threads, in the order of their construction."""
+
+copying: list[LazyWorker] = []
+"""All copy threads, in the same order. They finish the updates."""
 
 
 class Lazy(OffloadAdam):
     """An overlapped optimizer whose updates run only when a caller waits for them."""
 
-    _backend = Backend(make_worker=LazyWorker)
+    _backend = Backend(make_workers=LazyWorker.pair)
 
 
 class LazyOffloading(Lazy):
     """Treats parameters in host memory like parameters on a device."""
 
-    _backend = replace(HOST_AS_DEVICE, make_worker=LazyWorker)
+    _backend = replace(HOST_AS_DEVICE, make_workers=LazyWorker.pair)

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from offload_adam import OffloadAdam, OffloadPolicy, UnreadyParameterError
 from tests.support.policies import in_policies
-from tests.unit.overlap.lazy_worker import Lazy, LazyOffloading, LazyWorker, latest
+from tests.support.updates import running_first
+from tests.unit.overlap.lazy_worker import Lazy, LazyOffloading, LazyWorker, copying, latest
 
 WIDTH = 8
 NUM_STEPS = 4
@@ -238,13 +239,17 @@ def updates(worker: LazyWorker) -> list[str]:
 
 
 def step_once(model: nn.Module, optimizer: OffloadAdam, step: int = 0) -> LazyWorker:
-    """Take a step whose updates do not run yet, and return the worker that would run them."""
+    """Take a step whose updates do not run yet, and return the worker that would finish them."""
     model(batch(step)).square().sum().backward()
     optimizer.step()
-    worker = latest[-1]
+    worker = copying[-1]
     worker.done.clear()
-    assert worker.waiting, "step() has returned before the updates"
+    assert num_waiting(worker) > 0, "step() has returned before the updates"
     return worker
+
+
+def num_waiting(worker: LazyWorker) -> int:
+    return sum(job.what.startswith("the update") for job in worker.waiting)
 
 
 def test_a_unit_waits_for_its_own_buckets_and_for_no_later_ones() -> None:
@@ -252,11 +257,11 @@ def test_a_unit_waits_for_its_own_buckets_and_for_no_later_ones() -> None:
     assert isinstance(model, Plain)
     optimizer = make(Lazy, model)
     worker = step_once(model, optimizer)
-    num_updates = len(worker.waiting)
+    num_updates = num_waiting(worker)
     seen: dict[str, int] = {}
 
     def look(name: str) -> Callable[..., None]:
-        return lambda *_: seen.__setitem__(name, len(worker.done))
+        return lambda *_: seen.__setitem__(name, len(updates(worker)))
 
     model.entry.register_forward_pre_hook(look("entry"))
     for number, block in enumerate(model.blocks):
@@ -284,11 +289,11 @@ def test_user_named_units_are_waited_for_as_a_whole() -> None:
     assert isinstance(model, Halves)
     optimizer = make(Lazy, model, units=[model.first, model.second])
     worker = step_once(model, optimizer)
-    num_updates = len(worker.waiting)
+    num_updates = num_waiting(worker)
     counts: list[int] = []
-    model.first[0].register_forward_pre_hook(lambda *_: counts.append(len(worker.done)))
-    model.first[1].register_forward_pre_hook(lambda *_: counts.append(len(worker.done)))
-    model.second[0].register_forward_pre_hook(lambda *_: counts.append(len(worker.done)))
+    model.first[0].register_forward_pre_hook(lambda *_: counts.append(len(updates(worker))))
+    model.first[1].register_forward_pre_hook(lambda *_: counts.append(len(updates(worker))))
+    model.second[0].register_forward_pre_hook(lambda *_: counts.append(len(updates(worker))))
     model(batch(1))
     assert counts[0] == counts[1] < counts[2] == num_updates
 
@@ -428,9 +433,9 @@ def test_copies_of_the_model_have_no_hooks() -> None:
     optimizer.synchronize()
     twin = copy.deepcopy(model)
     worker = step_once(model, optimizer, 1)
-    waiting = len(worker.waiting)
+    waiting = num_waiting(worker)
     twin(batch(2)).sum().backward()
-    assert len(worker.waiting) == waiting
+    assert num_waiting(worker) == waiting
     assert all(parameter.grad is not None for parameter in twin.parameters())
 
 
@@ -672,7 +677,32 @@ def test_a_skipped_step_leaves_nothing_waiting_and_changes_no_bit() -> None:
     assert optimizer.last_step is not None
     assert optimizer.last_step.skipped
     assert not latest[-1].waiting
+    assert not copying[-1].waiting
     assert bits(model) == before
+
+
+def test_an_error_in_the_copy_thread_surfaces_at_the_next_call_and_at_every_later_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make_model(Plain)
+    optimizer = make(OffloadAdam, model)
+    losses(model, optimizer, 2)
+    optimizer.synchronize()
+    tasks = optimizer._alive().tasks
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("beside an update")
+
+    monkeypatch.setattr(tasks, "finish", fail)
+    model(batch(3)).square().sum().backward()
+    optimizer.step()
+    for call in (lambda: model(batch(4)), optimizer.synchronize, optimizer.state_dict):
+        with pytest.raises(ZeroDivisionError, match="beside an update") as caught:
+            call()
+    first = tasks.stream_waits.schedule.forward_order[0]
+    assert caught.value.__notes__ == [f"raised on the copy thread, in the update of bucket {first}"]
+    with pytest.raises(ZeroDivisionError):
+        optimizer.close()
 
 
 def test_an_error_in_the_update_thread_surfaces_at_the_next_call_and_at_every_later_one(
@@ -685,10 +715,10 @@ def test_an_error_in_the_update_thread_surfaces_at_the_next_call_and_at_every_la
     assert optimizer._core is not None
     updates = optimizer._core.tasks.updates
 
-    def fail(*_: object) -> None:
+    def fail() -> None:
         raise ZeroDivisionError("inside the update")
 
-    monkeypatch.setattr(updates[1], "update", fail)
+    monkeypatch.setattr(updates[1], "prepare", running_first(updates[1].prepare, fail))
     model(batch(3)).square().sum().backward()
     optimizer.step()
     for call in (lambda: model(batch(4)), optimizer.synchronize, optimizer.state_dict):

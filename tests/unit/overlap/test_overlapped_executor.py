@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,10 +17,11 @@ import torch
 
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.budget import NUM_SLOTS_IN_FLIGHT
-from offload_adam.layout.schedule import Operation, Task, plan_schedule
+from offload_adam.layout.schedule import Lane, Operation, Task, plan_schedule
 from offload_adam.layout.state_plan import StateLocation
 from offload_adam.spans import Stopwatch
 from offload_adam.step.executor import Executor
+from offload_adam.step.step import _release
 from offload_adam.step.update_thread import UpdateThread
 from offload_adam.transfer.stream_waits import StreamWaits
 from offload_adam.transfer.streams import HostStreams
@@ -31,16 +34,29 @@ NUM_BUCKETS = 4
 class EagerWorker(LazyWorker):
     """An update thread that runs each job at once."""
 
-    def submit(self, what: str, job: Callable[[], None]) -> LazyJob:
+    def submit(self, what: str, job: Callable[[], object]) -> LazyJob:
         given = super().submit(what, job)
         self.run_next()
         return given
 
 
+def eager() -> tuple[EagerWorker, EagerWorker]:
+    return EagerWorker(), EagerWorker()
+
+
+def lazy() -> tuple[LazyWorker, LazyWorker]:
+    return LazyWorker(), LazyWorker()
+
+
 class RecordedTasks:
     """Tasks that only record that they ran; a gather waits for its update, as scheduled."""
 
-    def __init__(self, locations: Sequence[StateLocation] = (StateLocation.HOST,) * 4) -> None:
+    def __init__(
+        self,
+        locations: Sequence[StateLocation] = (StateLocation.HOST,) * 4,
+        *,
+        num_slots: int = 2,
+    ) -> None:
         plans = [
             replace(plan, location=location)
             for plan, location in zip(
@@ -48,7 +64,7 @@ class RecordedTasks:
             )
         ]
         self.stream_waits = StreamWaits(RankGroup(), lambda device: HostStreams())
-        schedule = plan_schedule(plans, num_reduce_slots=2, num_staging_slots=2)
+        schedule = plan_schedule(plans, num_reduce_slots=2, num_staging_slots=num_slots)
         devices = dict.fromkeys(range(NUM_BUCKETS), torch.device("cpu"))
         self.stream_waits.use_schedule(schedule, devices)
         self.states = [
@@ -56,13 +72,26 @@ class RecordedTasks:
             for p in plans
         ]
         self.done: list[tuple[str, int]] = []
+        self.steps: list[tuple[str, int]] = []
 
     def record_last_read(self) -> None:
         offloaded = [state.layout.index for state in self.states[::-1] if state.plan.is_offloaded]
         self.done += [("release", number) for number in offloaded]
 
     def update(self, number: int, *_: Any) -> None:
-        self.done.append(("update", number))
+        self.launch(number)
+        self.finish(number)
+
+    def prepare(self, number: int, *_: Any) -> Any:
+        self.steps.append(("prepare", number))
+        return SimpleNamespace(launches=SimpleNamespace(parts=[None]), number=number)
+
+    def launch(self, update: Any, *_: Any) -> None:
+        self.done.append(("update", getattr(update, "number", update)))
+
+    def finish(self, update: Any, *_: Any) -> None:
+        number = getattr(update, "number", update)
+        self.steps.append(("finish", number))
         if self.states[number].plan.is_offloaded:
             self.done.append(("copy_h2d", number))
 
@@ -78,12 +107,12 @@ class RecordedTasks:
 
 
 def begin(
-    worker: Any, tasks: RecordedTasks | None = None, *, skipped: Collection[int] = ()
+    workers: Any, tasks: RecordedTasks | None = None, *, skipped: Collection[int] = ()
 ) -> tuple[Executor, RecordedTasks]:
     """Return an executor after `apply` of one step. Forward order is 3, 2, 1, 0."""
     tasks = tasks or RecordedTasks()
     executor = Executor(
-        cast(Any, None), cast(Any, tasks), worker, RankGroup(), Stopwatch(), lambda number: None
+        cast(Any, None), cast(Any, tasks), workers, RankGroup(), Stopwatch(), lambda number: None
     )
     tasks.stream_waits.wait_for_update = executor.wait_for_update
     active = np.array([number not in skipped for number in range(NUM_BUCKETS)])
@@ -99,7 +128,7 @@ def names(tasks: RecordedTasks, name: str) -> list[int]:
 
 
 def test_apply_returns_before_any_update_and_a_wait_runs_only_the_needed_ones() -> None:
-    executor, tasks = begin(LazyWorker())
+    executor, tasks = begin(lazy())
     assert tasks.done == []
     assert executor.is_pending
     executor.wait_for_buckets([3])
@@ -109,7 +138,7 @@ def test_apply_returns_before_any_update_and_a_wait_runs_only_the_needed_ones() 
 
 
 def test_earlier_gathers_are_issued_first_and_their_buckets_are_still_pending() -> None:
-    executor, tasks = begin(LazyWorker())
+    executor, tasks = begin(lazy())
     executor.wait_for_buckets([1])
     assert names(tasks, "gather") == [3, 2, 1]
     assert names(tasks, "use") == [1]
@@ -120,16 +149,18 @@ def test_earlier_gathers_are_issued_first_and_their_buckets_are_still_pending() 
 
 
 def test_the_next_gathers_are_issued_ahead_if_their_updates_have_finished() -> None:
-    worker = LazyWorker()
-    executor, tasks = begin(worker)
-    worker.run_next()
-    worker.run_next()
+    update, copy = lazy()
+    executor, tasks = begin((update, copy))
+    copying = ("preparation", 2), ("update", 3), ("preparation", 1), ("update", 2)
+    assert [(job.what.split()[1], int(job.what[-1])) for job in copy.waiting][:4] == [*copying]
+    for _ in copying:
+        copy.run_next()
     executor.wait_for_buckets([3])
     assert names(tasks, "gather") == [3, 2]
     executor.gather_ready()
     assert names(tasks, "gather") == [3, 2], "the update of 1 has not finished"
-    worker.run_next()
-    worker.run_next()
+    while copy.waiting:
+        copy.run_next()
     executor.gather_ready()
     assert names(tasks, "gather") == [3, 2, 1, 0]
     assert names(tasks, "use") == [3]
@@ -138,7 +169,7 @@ def test_the_next_gathers_are_issued_ahead_if_their_updates_have_finished() -> N
 def test_no_gather_is_issued_by_a_forked_process_or_beside_a_wait(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    executor, tasks = begin(EagerWorker())
+    executor, tasks = begin(eager())
     with monkeypatch.context() as forked:
         forked.setattr(os, "getpid", lambda: -1)
         executor.gather_ready()
@@ -168,15 +199,13 @@ def test_the_overlapped_step_issues_its_tasks_in_the_order_of_the_schedule(
 ) -> None:
     tasks = RecordedTasks(locations)
     schedule = tasks.stream_waits.schedule
-    executor, _ = begin(EagerWorker(), tasks)
+    executor, _ = begin(eager(), tasks)
     for number in schedule.forward_order:
         executor.wait_for_buckets([number])
-    issued = [(task.operation.value, task.bucket) for task in schedule.after_agreement]
-    gathers, others = [one for one in issued if one[0] == "gather"], set(issued)
-    assert [one for one in tasks.done if one[0] == "gather"] == gathers
-    # These are issued as soon as their updates have finished, here before every use.
-    others -= set(gathers)
-    assert [one for one in tasks.done if one in others] == [one for one in issued if one in others]
+    for lane in Lane:
+        planned = [task for task in schedule.after_agreement if schedule.lane_of(task) is lane]
+        found = [Task(Operation(what), number) for what, number in tasks.done]
+        assert [task for task in found if schedule.lane_of(task) is lane] == planned
 
 
 @pytest.mark.parametrize("locations", LOCATIONS)
@@ -189,22 +218,77 @@ def test_the_sequential_step_finishes_the_buckets_one_by_one(
     assert names(tasks, "use") == [3, 2, 1, 0]
 
 
-@pytest.mark.parametrize("worker", [None, EagerWorker()])
-def test_a_skipped_bucket_keeps_its_turn_among_those_with_staging_slots(worker: Any) -> None:
+@pytest.mark.parametrize("num_slots", [1, 2])
+def test_a_bucket_is_prepared_before_the_one_before_it_is_finished_unless_it_needs_its_slot(
+    num_slots: int,
+) -> None:
+    tasks = RecordedTasks((OFFLOADED,) * NUM_BUCKETS, num_slots=num_slots)
+    begin(eager(), tasks)
+    one_by_one = [(what, number) for number in (3, 2, 1, 0) for what in ("prepare", "finish")]
+    ahead = [("prepare", 3)]
+    for number in (2, 1, 0):
+        ahead += [("prepare", number), ("finish", number + 1)]
+    assert tasks.steps == (one_by_one if num_slots == 1 else [*ahead, ("finish", 0)])
+
+
+@pytest.mark.parametrize("num_submitted", range(2 * NUM_BUCKETS - 1))
+def test_updates_that_an_interrupted_step_has_started_are_waited_for(
+    num_submitted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = RecordedTasks((OFFLOADED,) * NUM_BUCKETS)
+    update, copy = UpdateThread.pair()
+    launch, submit = tasks.launch, copy.submit
+    submitted = 0
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.05)
+        launch(*arguments)
+
+    def interrupted(what: str, job: Callable[[], object]) -> Any:
+        nonlocal submitted
+        if submitted == num_submitted:
+            raise KeyboardInterrupt
+        submitted += 1
+        return submit(what, job)
+
+    monkeypatch.setattr(tasks, "launch", slow)
+    monkeypatch.setattr(copy, "submit", interrupted)
+    executor = Executor(
+        cast(Any, None),
+        cast(Any, tasks),
+        (update, copy),
+        RankGroup(),
+        Stopwatch(),
+        lambda number: None,
+    )
+    inputs = cast(Any, SimpleNamespace(active=np.ones(NUM_BUCKETS, dtype=np.bool_)))
+    with pytest.raises(KeyboardInterrupt):
+        executor.apply([cast(Any, None)] * NUM_BUCKETS, inputs, Stopwatch())
+    executor.finish_updates()
+    # Jobs: prepare 2, finish 3, prepare 1, finish 2, prepare 0, finish 1, finish 0.
+    prepared = [number for what, number in tasks.steps if what == "prepare"]
+    assert prepared == [3, 2, 1, 0][: 1 + (num_submitted + 1) // 2]
+    assert names(tasks, "update") == prepared
+    executor.close()
+
+
+@pytest.mark.parametrize("workers", [None, eager()])
+def test_a_skipped_bucket_keeps_its_turn_among_those_with_staging_slots(workers: Any) -> None:
     tasks = RecordedTasks((OFFLOADED, OFFLOADED, OFFLOADED, DEVICE))
-    begin(worker, tasks, skipped={1})
+    begin(workers, tasks, skipped={1})
     turns = [(what, number) for what, number in tasks.done if what in ("copy_h2d", "skip")]
     assert turns == [("copy_h2d", 2), ("skip", 1), ("copy_h2d", 0)]
 
 
 def test_the_update_thread_runs_updates_in_forward_order_before_any_wait() -> None:
-    thread = UpdateThread()
+    update, copy = UpdateThread.pair()
     over = threading.Event()
-    _, tasks = begin(thread)
-    thread.submit("a last job", over.set)
+    _, tasks = begin((update, copy))
+    copy.submit("a last job", over.set)
     assert over.wait(60.0)
     assert names(tasks, "update") == [3, 2, 1, 0]
-    thread.close()
+    copy.close()
+    update.close()
 
 
 def test_later_jobs_are_skipped_after_an_error_and_raise_the_same_error() -> None:
@@ -236,12 +320,84 @@ def test_the_thread_ends_with_its_owner() -> None:
     assert not running.is_alive()
 
 
-def test_a_job_that_drops_the_owner_does_not_wait_for_itself() -> None:
+@pytest.mark.parametrize("dropped_on", [0, 1])
+def test_an_optimizer_that_one_of_its_threads_drops_is_released_after_its_updates(
+    dropped_on: int,
+) -> None:
+    """The garbage collector may run on any thread."""
+    threads = UpdateThread.pair()
+    released = threading.Event()
+    done_before: list[tuple[str, int]] = []
+
+    class Arena:
+        nbytes = pinned_nbytes = 0
+
+        def close(self) -> None:
+            done_before.extend(tasks.done)
+            released.set()
+
+    may_run = threading.Event()
+    threads[0].submit("a job before", partial(may_run.wait, 60.0))
+    tasks = RecordedTasks((OFFLOADED,) * NUM_BUCKETS)
+    executor, _ = begin(threads, tasks)
+    assert tasks.done[NUM_BUCKETS:] == []
+    release = partial(_release, executor, cast(Any, [Arena()]))
+    job = threads[dropped_on].submit("a job that collects garbage", release)
+    may_run.set()
+    assert job.wait(60.0)
+    assert released.wait(60.0)
+    updated = [number for what, number in done_before if what == "update"]
+    assert updated == [3, 2, 1, 0], "no memory is freed before the last update"
+
+
+def test_a_caller_may_wait_until_a_job_has_begun() -> None:
     thread = UpdateThread()
-    ended: list[bool] = []
-    thread.submit("a job", lambda: ended.append(thread.close())).wait(60.0)
-    assert ended == [True]
-    assert thread.close()
+    may_begin, may_end = threading.Event(), threading.Event()
+
+    def first() -> None:
+        may_begin.wait(60.0)
+
+    def second() -> None:
+        may_end.wait(60.0)
+
+    thread.submit("a job", first)
+    job = thread.submit("the next", second)
+    start_s = time.monotonic()
+    job.wait_until_begun(0.05)
+    assert time.monotonic() - start_s >= 0.04
+    may_begin.set()
+    job.wait_until_begun(60.0)
+    assert time.monotonic() - start_s < 30.0
+    assert not job.is_over()
+    may_end.set()
+    assert job.wait(60.0)
+    thread.close()
+
+
+def test_several_callers_may_wait_for_one_job() -> None:
+    thread = UpdateThread()
+    may_end = threading.Event()
+
+    def hold() -> None:
+        may_end.wait(60.0)
+
+    job = thread.submit("a job", hold)
+    over: list[bool] = []
+    waiting = [
+        threading.Thread(target=lambda: over.append(job.wait(60.0)), daemon=True) for _ in range(4)
+    ]
+    for one in waiting:
+        one.start()
+    assert not job.wait(0.0)
+    assert not job.wait(0.01)
+    assert not job.is_over()
+    may_end.set()
+    for one in waiting:
+        one.join(60.0)
+    assert over == [True] * 4
+    assert job.is_over()
+    assert job.wait(0.0)
+    thread.close()
 
 
 class FakeCopy(str):
@@ -315,9 +471,9 @@ def test_reductions_on_a_device_hold_no_more_slots_than_planned(
     assert transfer.finished == [str(number) for number in range(num_finished)]
 
 
-@pytest.mark.parametrize("worker", [None, LazyWorker])
+@pytest.mark.parametrize("workers", [None, lazy()])
 def test_a_copy_through_a_buffer_begins_before_the_one_before_it_is_finished(
-    worker: type[LazyWorker] | None,
+    workers: tuple[LazyWorker, LazyWorker] | None,
 ) -> None:
     done: list[tuple[str, int]] = []
 
@@ -339,7 +495,7 @@ def test_a_copy_through_a_buffer_begins_before_the_one_before_it_is_finished(
     executor = Executor(
         cast(Any, Copies()),
         tasks,
-        None if worker is None else worker(),
+        workers,
         RankGroup(world_size=2),
         Stopwatch(),
         lambda number: None,
@@ -348,7 +504,7 @@ def test_a_copy_through_a_buffer_begins_before_the_one_before_it_is_finished(
         executor.start_copy(
             cast(Any, SimpleNamespace(state=state, gradients=None, host_buffer=None))
         )
-    if worker is None:  # during backward, as many as there are buffers
+    if workers is None:  # during backward, as many as there are buffers
         assert done == [("begin", 0), ("begin", 1)]
     executor.finish_copies(wait=True)
     order = [("begin", 0)]

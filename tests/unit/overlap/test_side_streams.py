@@ -14,7 +14,7 @@ from offload_adam import OffloadAdam, OffloadPolicy
 from offload_adam.layout.schedule import Lane
 from offload_adam.transfer.streams import Event
 from tests.support.devices import HOST_AS_DEVICE, NamedStream, ThreadStreams
-from tests.unit.overlap.lazy_worker import LazyWorker, latest
+from tests.unit.overlap.lazy_worker import LazyWorker, copying
 
 MAIN, SIDE = NamedStream("main"), NamedStream("side")
 
@@ -146,9 +146,9 @@ def test_after_synchronize_no_stream_waits() -> None:
 
 def test_a_capture_is_rejected_before_an_update_is_waited_for() -> None:
     """The update may itself wait until the capture has ended."""
-    model, optimizer, _ = make(MAIN, make_worker=LazyWorker)
+    model, optimizer, _ = make(MAIN, make_workers=LazyWorker.pair)
     step(model, optimizer)
-    worker = latest[-1]
+    worker = copying[-1]
     num_done = len(worker.done)
     TwoStreams.captures = True
     with pytest.raises(RuntimeError, match="captured"):
