@@ -191,9 +191,9 @@ def install(action: str, place: str, step: int) -> None:
     elif place == "agree":
         before(agreement, "agree", Fault(action, step))
     elif place == "update":
-        from offload_adam.step.update_tasks import UpdateTasks
+        from offload_adam.kernels import adam
 
-        before(UpdateTasks, "launch", Fault(action, step))
+        before(adam, "update", Fault(action, step))
     elif place == "backward":
         from offload_adam.step.reducer import GradientReduction
 
