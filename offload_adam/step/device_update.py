@@ -117,14 +117,17 @@ class DeviceUpdate:
         for segment, gradient in _dense(state, gradients, active & ~prepared):
             key = int(state.groups[segment.position]), int(counts[segment.position])
             alike[key].append((segment, gradient))
+        is_limited = False
         for (group, step), members in alike.items():
             segments = _segments_of(state, members, param_out)
             hyper, scale = inputs.hyperparameters[group], inputs.gradient_scale
             scalars = fused_scalars(hyper, step, scale, inputs.largest_gradient)
             if scalars and state.device.type in FUSED_DEVICES:
-                # The fused kernel would divide infinity by infinity. Updates store no infinite
-                # first moment, but the user may have loaded or written one.
-                state.planes.exp_avg.clamp_(-LARGEST, LARGEST)
+                if not is_limited:
+                    # The fused kernel would divide infinity by infinity. Updates store no infinite
+                    # first moment, but the user may have loaded or written one.
+                    state.planes.exp_avg.clamp_(-LARGEST, LARGEST)
+                    is_limited = True
                 fused_update(segments, scalars)
             else:
                 foreach_update(segments, hyper, step, scale)
