@@ -108,6 +108,7 @@ class UpdatePipeline:
         """
         jobs: dict[int, Job] = {}
         before: _Running | None = None
+        is_first = True  # the copy thread has no job yet
 
         def finish_before() -> None:
             nonlocal before
@@ -116,20 +117,22 @@ class UpdatePipeline:
                 jobs[number] = self._submit_copy(f"the update of bucket {number}", finish)
             before = None
 
-        for place, given in enumerate(buckets):
+        for given in buckets:
             number = given.number
             if given.is_skipped:
                 finish_before()
                 if self._tasks.states[number].plan.stages_parameters:
                     # The next user of the slot waits for an event of this bucket. It must come
                     # after the H2D copies of earlier buckets.
+                    is_first = False
                     skip = partial(self._tasks.skip_copy_h2d, number)
                     self._submit_copy(f"the skipped update of bucket {number}", skip)
                 continue
             if before is not None and self._needs_slot_of(number, before.given.number):
                 finish_before()
             running = _Running(given)
-            if place == 0:
+            if is_first:
+                is_first = False
                 # Here, to save the time until another thread wakes. Then Python has to be left to
                 # the update thread, or it would wait for it for up to 5 ms.
                 self._prepare(running, inputs)

@@ -166,12 +166,15 @@ def test_the_next_gathers_are_issued_ahead_if_their_updates_have_finished() -> N
     assert names(tasks, "use") == [3]
 
 
-def test_no_gather_is_issued_by_a_forked_process_or_beside_a_wait(
+def test_no_gather_is_issued_by_a_forked_process_during_a_capture_or_beside_a_wait(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     executor, tasks = begin(eager())
     with monkeypatch.context() as forked:
         forked.setattr(os, "getpid", lambda: -1)
+        executor.gather_ready()
+    with monkeypatch.context() as capturing:
+        capturing.setattr(HostStreams, "is_capturing", lambda self: True)
         executor.gather_ready()
     with executor._lock:
         other = threading.Thread(target=executor.gather_ready)
@@ -270,6 +273,17 @@ def test_updates_that_an_interrupted_step_has_started_are_waited_for(
     assert prepared == [3, 2, 1, 0][: 1 + (num_submitted + 1) // 2]
     assert names(tasks, "update") == prepared
     executor.close()
+
+
+@pytest.mark.parametrize(
+    ("skipped", "location", "prepared"),
+    [((), OFFLOADED, [3]), ((3,), HOST, [2]), ((3,), OFFLOADED, [])],
+)
+def test_the_first_bucket_is_prepared_before_apply_returns_unless_an_event_must_come_first(
+    skipped: tuple[int, ...], location: StateLocation, prepared: list[int]
+) -> None:
+    _, tasks = begin(lazy(), RecordedTasks((location,) * NUM_BUCKETS), skipped=skipped)
+    assert tasks.steps == [("prepare", number) for number in prepared]
 
 
 @pytest.mark.parametrize("workers", [None, eager()])
