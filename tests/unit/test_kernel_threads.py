@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import os
+import threading
 from pathlib import Path
 
 import numba
@@ -241,3 +242,26 @@ def test_ranks_that_torchrun_has_bound_share_the_agents_cores(
     cores = {0: rank, os.getppid(): agent}
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores[pid])), raising=False)
     assert threads.cores_per_rank(local_world_size) == share
+
+
+def test_a_thread_of_this_package_sets_its_number_of_threads_only_if_it_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(numba, "set_num_threads", given.append)
+
+    def launch_some() -> None:
+        for number in (1, 1, 2, 2, 1):
+            threads.use_threads(number)
+
+    def claim_and_launch() -> None:
+        threads.claim_thread()
+        launch_some()
+
+    most = numba.config.NUMBA_NUM_THREADS
+    for run, expected in ((launch_some, (1, 1, 2, 2, 1)), (claim_and_launch, (1, 2, 1))):
+        given.clear()
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join(60.0)
+        assert given == [min(number, most) for number in expected]
