@@ -47,7 +47,7 @@ RANGES: Mapping[str, str] = {
     "norm": "OffloadAdam::norm",  # sums of squares
     "checkpoint wait": "OffloadAdam::wait_checkpoint",  # until a snapshot has read the bucket
     "update": "OffloadAdam::update",  # the kernel
-    # There, the wait for a staging slot. On the copy thread, the issue of the copy.
+    # On the update thread, wait for the staging slot; on the copy thread, issue the copy.
     "H2D copy": "OffloadAdam::h2d_copy",
 }
 """The optimizer's phases: the name in timings and reports, and the range in torch's profiler.

@@ -40,7 +40,7 @@ BFLOAT16_NBYTES = 2
 #   takes 1.2 ms, so they add 8 %. Hence 32 MiB per rank.
 # - D2H copy, update and H2D copy of one bucket are never hidden: about 12 ms for 256 MiB.
 # The sum, P / b * 100 us + b / 256 MiB * 12 ms, is minimal at b = 78 MB for 2.7 GB of parameters
-# and at 177 MB for 14 GB, but twice as many bytes cost only 2 ms more, and half of the collectives.
+# and at 177 MB for 14 GB. Buckets twice as large cost 2 ms more, but need half as many collectives.
 # Hence at least 16 buckets, and at most 256 MiB, of which the device holds three for the averages.
 # With more than 8 ranks the shards are smaller, but the buckets of 1 GB of parameters cost at most
 # 0.5 ms, while its forward over 4096 tokens takes 10 ms at 400 TFLOP/s.

@@ -240,11 +240,11 @@ class HostUpdate:
             self._update_prepared(state, gradients, segment, step, inputs, places, param_out)
 
         tables = list(gradients.tables(state, plain))
-        last = [partial(update_prepared, one) for one in state.segments.select(prepared)]
+        whole = [partial(update_prepared, one) for one in state.segments.select(prepared)]
         numel = state.layout.shard_numel
         num_parts = state.plan.num_parts
-        if num_parts == 1 or len(tables) != 1 or last:
-            parts = [UpdatePart(0, numel, partial(_run, [*map(launch_of, tables), *last]))]
+        if num_parts == 1 or len(tables) != 1 or whole:
+            parts = [UpdatePart(0, numel, partial(_run, [*map(launch_of, tables), *whole]))]
         else:
             cuts = [align(numel * part // num_parts) for part in range(num_parts + 1)]
             parts = [

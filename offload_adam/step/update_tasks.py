@@ -33,7 +33,7 @@ class PreparedUpdate:
 
     gradients: kept, because launches have only addresses of them.
     param_out: (shard_numel,) receives the 16-bit parameters; None if the kernel writes none.
-    launches: of the update.
+    launches: its parts, in the order in which they run.
     runs: (start, end) of the shard's elements that are copied to the device.
     stages_master: H2D copies read master weights from a staging slot.
     """
