@@ -16,7 +16,6 @@ from typing import Any
 
 from torch import nn
 
-from offload_adam.checkpoint.encoding import encode
 from offload_adam.checkpoint.format import (
     FORMAT_VERSION,
     PlainState,
@@ -31,6 +30,7 @@ from offload_adam.checkpoint.optimizer_access import (
     plain_state,
     plan_plain_state,
 )
+from offload_adam.encoding import encode
 from offload_adam.errors import CheckpointError
 from offload_adam.memory.codes import CodedMoment, values_of
 from offload_adam.printable import show

@@ -17,7 +17,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from offload_adam.checkpoint.commit import flush, partial_output, publish
 from offload_adam.checkpoint.dcp import plain_text
-from offload_adam.checkpoint.dtypes import DTYPES
 from offload_adam.checkpoint.format import (
     Manifest,
     OptimizerEntry,
@@ -27,6 +26,7 @@ from offload_adam.checkpoint.format import (
 from offload_adam.checkpoint.rank_file import as_bytes
 from offload_adam.checkpoint.reader import CheckpointReader
 from offload_adam.checkpoint.torch_file import LOADABLE_DTYPES, Streamed, write_torch_file
+from offload_adam.dtypes import DTYPES
 from offload_adam.errors import CheckpointError
 from offload_adam.memory.planes import SCALED_KEY
 from offload_adam.memory.split_master import join

@@ -4,8 +4,8 @@
     rank-00000-of-00002.safetensors     rank 0's pieces of the tensors
     rank-00001-of-00002.safetensors     rank 1's
 
-The manifest has checksums of the files and of its own text. encoding.py describes how values that
-JSON lacks are written.
+The manifest has checksums of the files and of its own text. `offload_adam.encoding` describes how
+values that JSON lacks are written.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from pydantic import (
     model_serializer,
 )
 
-from offload_adam.checkpoint.dtypes import DTYPES, MAX_DIMS
-from offload_adam.checkpoint.encoding import decode
+from offload_adam.dtypes import DTYPES, MAX_DIMS
+from offload_adam.encoding import decode
 from offload_adam.errors import CheckpointError
 from offload_adam.layout.budget import CHECKPOINT_BLOCK_NBYTES
 from offload_adam.options import MAX_STEP_COUNT, StateFormat
@@ -38,7 +38,7 @@ from offload_adam.printable import show
 from offload_adam.state.boxes import Box, find_fault, range_of_box
 
 FORMAT_VERSION = 3
-"""Version 2 does not encode values (see encoding.py), and has no `Manifest.values`.
+"""Version 2 does not encode values (see `offload_adam.encoding`), and has no `Manifest.values`.
 
 A dtype that is added to `DTYPES` needs no new version: readers reject a name that they lack. Boxes
 that are not contiguous in the tensor needed none either: older readers reject them.

@@ -21,14 +21,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload_adam.checkpoint.dtypes import (
-    DTYPE_NAMES,
-    copy_bits,
-    equal_bits,
-    is_lazy_view,
-    saveable,
-)
-from offload_adam.checkpoint.encoding import encode
 from offload_adam.checkpoint.format import (
     LOAD_ANOTHER,
     Manifest,
@@ -51,6 +43,14 @@ from offload_adam.checkpoint.save import (
 )
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.rank_checks import raise_on_all_ranks
+from offload_adam.dtypes import (
+    DTYPE_NAMES,
+    copy_bits,
+    equal_bits,
+    is_lazy_view,
+    saveable,
+)
+from offload_adam.encoding import encode
 from offload_adam.errors import CheckpointError
 from offload_adam.fsdp_private import local_of
 from offload_adam.memory.codes import check_storable

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from offload_adam.checkpoint.dtypes import DTYPE_NAMES, safetensors_entry
 from offload_adam.checkpoint.format import (
     BLOCK_NBYTES,
     FileEntry,
@@ -21,6 +20,7 @@ from offload_adam.checkpoint.format import (
     RankEntry,
     TensorEntry,
 )
+from offload_adam.dtypes import DTYPE_NAMES, safetensors_entry
 from offload_adam.memory.codes import CodedMoment, Plane
 from offload_adam.state.boxes import Box
 

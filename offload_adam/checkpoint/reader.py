@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import torch
 
-from offload_adam.checkpoint.dtypes import DTYPES, as_bits
 from offload_adam.checkpoint.format import (
     BLOCK_NBYTES,
     LOAD_ANOTHER,
@@ -29,6 +28,7 @@ from offload_adam.checkpoint.format import (
     flat_pieces,
 )
 from offload_adam.checkpoint.rank_file import as_bytes
+from offload_adam.dtypes import DTYPES, as_bits
 from offload_adam.errors import CheckpointError
 from offload_adam.state.boxes import (
     Box,

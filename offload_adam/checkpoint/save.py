@@ -28,8 +28,6 @@ from offload_adam.checkpoint.commit import (
     remove_abandoned,
     require_new,
 )
-from offload_adam.checkpoint.dtypes import DTYPE_NAMES, in_order, is_wrapper, parts_of, saveable
-from offload_adam.checkpoint.encoding import encode
 from offload_adam.checkpoint.format import (
     FORMAT_VERSION,
     Manifest,
@@ -43,6 +41,8 @@ from offload_adam.checkpoint.rank_file import Part, RankFile, as_bytes, host_byt
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.rank_checks import gather_texts, raise_on_all_ranks
 from offload_adam.coordinator.ranks import RankGroup
+from offload_adam.dtypes import DTYPE_NAMES, in_order, is_wrapper, parts_of, saveable
+from offload_adam.encoding import encode
 from offload_adam.errors import CheckpointError, PeerFailedError
 from offload_adam.fsdp_private import is_dtensor, local_of
 from offload_adam.layout.budget import ALIGNMENT_NBYTES

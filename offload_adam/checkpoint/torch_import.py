@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from offload_adam.checkpoint.commit import commit_files, partial_output
-from offload_adam.checkpoint.dtypes import saveable
-from offload_adam.checkpoint.encoding import check_size, encode
 from offload_adam.checkpoint.format import FORMAT_VERSION, GroupEntry, Manifest, OptimizerEntry
 from offload_adam.checkpoint.rank_file import RankFile, rank_file_name
 from offload_adam.checkpoint.save import manifest_of, memory_key, whole_part
+from offload_adam.dtypes import saveable
+from offload_adam.encoding import check_size, encode
 from offload_adam.errors import CheckpointError
 from offload_adam.params.groups import LOCAL_OPTIONS, check_group
 from offload_adam.printable import show

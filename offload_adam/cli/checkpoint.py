@@ -73,8 +73,8 @@ def inspect(path: Folder) -> None:
     from rich.table import Column, Table
     from rich.text import Text
 
-    from offload_adam.checkpoint.dtypes import DTYPES
     from offload_adam.checkpoint.format import read_manifest
+    from offload_adam.dtypes import DTYPES
     from offload_adam.printable import MAX_MESSAGE_LENGTH, printable, show
     from offload_adam.units import format_nbytes
 

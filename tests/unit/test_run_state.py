@@ -15,9 +15,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from offload_adam.checkpoint.encoding import encode
 from offload_adam.checkpoint.format import MANIFEST_NAME, sealed
 from offload_adam.config import ConfigError, RunConfig
+from offload_adam.encoding import encode
 from offload_adam.errors import CheckpointError
 from offload_adam.train import saving
 from offload_adam.train.job import run_job

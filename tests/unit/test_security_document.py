@@ -14,14 +14,14 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from offload_adam import OffloadAdam, save_checkpoint
-from offload_adam.checkpoint import encoding, format, torch_import
+from offload_adam import OffloadAdam, encoding, save_checkpoint
+from offload_adam.checkpoint import format, torch_import
 from offload_adam.checkpoint.dcp import OptimizerState
-from offload_adam.checkpoint.dtypes import MAX_DIMS
 from offload_adam.checkpoint.load import verify_checkpoint
 from offload_adam.config import ConfigError, load_config, mistakes, yaml_text
 from offload_adam.config.declared import MAX_NBYTES
 from offload_adam.config.load import _MAX_LEVELS
+from offload_adam.dtypes import MAX_DIMS
 from offload_adam.errors import CheckpointError
 from offload_adam.options import MAX_STEP_COUNT
 from offload_adam.printable import MAX_MESSAGE_LENGTH

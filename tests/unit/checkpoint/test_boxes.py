@@ -19,7 +19,6 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from offload_adam.checkpoint.encoding import encode
 from offload_adam.checkpoint.format import (
     FORMAT_VERSION,
     Manifest,
@@ -33,6 +32,7 @@ from offload_adam.checkpoint.format import (
 from offload_adam.checkpoint.rank_file import Part, RankFile
 from offload_adam.checkpoint.reader import CheckpointReader, VerifiedFile
 from offload_adam.checkpoint.save import manifest_of
+from offload_adam.encoding import encode
 from offload_adam.errors import CheckpointError
 from offload_adam.state.boxes import (
     MAX_CUT_DIMS,

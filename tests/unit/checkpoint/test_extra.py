@@ -20,7 +20,7 @@ from torch.optim.swa_utils import SWALR
 
 from offload_adam import CheckpointError, OffloadAdam, load_checkpoint, save_checkpoint
 from offload_adam.checkpoint.format import MANIFEST_NAME, read_manifest, sealed
-from tests.unit.checkpoint.test_encoding import bits
+from tests.unit.test_encoding import bits
 
 
 class Warmup:

@@ -23,11 +23,11 @@ from offload_adam import (
     load_checkpoint,
     save_checkpoint,
 )
-from offload_adam.checkpoint.encoding import TAG
 from offload_adam.checkpoint.export import export_dcp, export_torch
 from offload_adam.checkpoint.format import MANIFEST_NAME, sealed
 from offload_adam.checkpoint.torch_import import import_torch_pickle
 from offload_adam.cli.app import app
+from offload_adam.encoding import TAG
 from offload_adam.schedules import CosineDecayLR
 from tests.unit.checkpoint.test_format import JSON, places
 

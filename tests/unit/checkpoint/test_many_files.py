@@ -20,7 +20,6 @@ from torch import nn
 
 from offload_adam import OffloadAdam, OffloadPolicy, load_checkpoint, save_checkpoint
 from offload_adam.checkpoint.commit import commit_files
-from offload_adam.checkpoint.encoding import encode
 from offload_adam.checkpoint.export import export_dcp, export_torch
 from offload_adam.checkpoint.format import (
     FORMAT_VERSION,
@@ -36,6 +35,7 @@ from offload_adam.checkpoint.rank_file import Part, RankFile, rank_file_name
 from offload_adam.checkpoint.reader import NUM_OPEN_FILES, VerifiedFile
 from offload_adam.checkpoint.save import manifest_of, sharded_parts
 from offload_adam.checkpoint.torch_file import write_torch_file
+from offload_adam.encoding import encode
 from offload_adam.errors import CheckpointError
 from offload_adam.state.boxes import boxes_of_range
 

@@ -27,7 +27,7 @@ from offload_adam.checkpoint.format import MANIFEST_NAME, read_manifest, sealed
 from offload_adam.checkpoint.save import model_state
 from offload_adam.checkpoint.torch_import import import_torch_pickle
 from offload_adam.cli.app import app
-from tests.unit.checkpoint.test_encoding import bits
+from tests.unit.test_encoding import bits
 
 
 class Extra(nn.Linear):

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from offload_adam.checkpoint import torch_file
-from offload_adam.checkpoint.dtypes import DTYPES, equal_bits
 from offload_adam.checkpoint.rank_file import as_bytes
 from offload_adam.checkpoint.torch_file import LOADABLE_DTYPES, Streamed, write_torch_file
+from offload_adam.dtypes import DTYPES, equal_bits
 
 
 def tensors() -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from offload_adam.checkpoint.dtypes import DTYPE_NAMES, TORCH_DTYPES, in_order
+from offload_adam.dtypes import DTYPE_NAMES, TORCH_DTYPES, in_order
 from offload_adam.errors import CheckpointError
 from offload_adam.printable import show
 

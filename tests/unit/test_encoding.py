@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from offload_adam import CheckpointError
-from offload_adam.checkpoint.dtypes import DTYPES
-from offload_adam.checkpoint.encoding import MAX_NBYTES, TAG, decode, encode
+from offload_adam.dtypes import DTYPES
+from offload_adam.encoding import MAX_NBYTES, TAG, decode, encode
 from tests.unit.checkpoint.test_format import JSON, places
 
 
