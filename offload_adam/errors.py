@@ -80,6 +80,14 @@ class HostMemoryError(MemoryError):
     """The optimizer state does not fit into this node's memory; nothing stays allocated."""
 
 
+class KeptStateError(RuntimeError):
+    """Files of kept state cannot be used: the message says why and what to do."""
+
+
+class KeptInUseError(KeptStateError):
+    """Another process, or another optimizer of this one, uses the state kept at this path."""
+
+
 class MissingExtraError(ImportError):
     """An optional package is not installed; the message names the extra to install."""
 

@@ -19,6 +19,7 @@ from offload_adam.coordinator.launcher import launched
 from offload_adam.errors import (
     CheckpointError,
     HostMemoryError,
+    KeptStateError,
     NotRetriedError,
     PeerError,
     RankDisagreementError,
@@ -136,6 +137,7 @@ def _report(error: Exception | SystemExit, log_format: LogFormat) -> int:
         ConfigError,
         HostMemoryError,
         CheckpointError,
+        KeptStateError,
         NotRetriedError,
         RankDisagreementError,
         RunFolderLostError,
@@ -146,7 +148,8 @@ def _report(error: Exception | SystemExit, log_format: LogFormat) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_WAIT_FOR_FIRST_RANK_S)
     # Every surviving rank prints a PeerError, since torchrun may end any of them before it prints.
-    if isinstance(error, (*on_all_ranks, PeerError)):
+    # A KeptStateError names the process that holds one rank's file.
+    if isinstance(error, (*on_all_ranks, KeptStateError, PeerError)):
         text = str(error)
         _print_error(text, log_format)
     else:
@@ -156,7 +159,7 @@ def _report(error: Exception | SystemExit, log_format: LogFormat) -> int:
     first, *more = [line.strip() for line in text.splitlines()] or [""]
     is_mistake = isinstance(error, ConfigError)
     _write_error_file(f"{first}: {'; '.join(more)}" if is_mistake else first)
-    if is_mistake:
+    if is_mistake or isinstance(error, KeptStateError):
         return EXIT_BAD_CONFIGURATION
     return EXIT_DOES_NOT_FIT if isinstance(error, HostMemoryError) else 1
 

@@ -14,6 +14,8 @@ from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import (
     CheckpointError,
     HostMemoryError,
+    KeptInUseError,
+    KeptStateError,
     PeerError,
     PeerFailedError,
     RankDisagreementError,
@@ -25,7 +27,15 @@ Field = tuple[str, str]
 # User errors: `raise_on_all_ranks` re-raises these on every rank with their own type.
 _SHARED_ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind
-    for kind in (TypeError, ValueError, RankDisagreementError, HostMemoryError, CheckpointError)
+    for kind in (
+        TypeError,
+        ValueError,
+        RankDisagreementError,
+        HostMemoryError,
+        CheckpointError,
+        KeptInUseError,
+        KeptStateError,
+    )
 }
 
 

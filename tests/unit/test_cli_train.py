@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from offload_adam.cli.app import app
+from offload_adam.errors import KeptInUseError
 
 TINY = str(Path(__file__).parents[2] / "configs" / "tiny.yaml")
 
@@ -239,6 +240,17 @@ def test_an_exit_within_the_run_is_an_error_with_a_traceback(
     (record,) = caplog.records
     assert record.getMessage() == f"SystemExit: {code}"
     assert record.exc_info is not None
+
+
+def test_kept_state_in_use_is_reported_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeptInUseError("in use by process 7")
+
+    monkeypatch.setattr("offload_adam.train.job.run_job", fail)
+    assert train(TINY) == (2, "offload-adam: in use by process 7\n")
+    assert caplog.records == []
 
 
 def test_the_file_may_stand_behind_the_overrides(tmp_path: Path) -> None:
