@@ -13,6 +13,7 @@ import multiprocessing
 from offload_adam.kernels import adam, fold, norm, sparse
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.options import CODED_FORMATS
+from tests.unit import undo_cases
 
 PARAM_FORMATS = (None, FloatFormat.BFLOAT16, FloatFormat.FLOAT16)
 LOW_PRECISION = ((None, True), (None, False), (FloatFormat.FLOAT16, False))
@@ -38,6 +39,8 @@ def compile_updates() -> None:
         adam.compile_kernel(source, param_format, False, "bf16", is_split)
     for state_format, (source, param_format, is_split) in itertools.product(CODED_FORMATS, CODED):
         adam.compile_kernel(source, param_format, False, state_format, is_split)
+    for case in undo_cases.CASES.values():
+        case.compile_kernel()
 
 
 def compile_others() -> None:

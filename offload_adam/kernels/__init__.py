@@ -8,6 +8,7 @@ adam_formula     the arithmetic of the IR loops; ir_blocks handles blocks of 128
 adam_plain       the loops over float32 and bfloat16 state in Python, with the same bits
 adam_8bit_plain  the loop over state with 8-bit codes in Python, with the same bits
 codes            the 8-bit codes of moments
+undo             the log from which a killed update is completed; undo_ir writes it
 random_bits      random bits for stochastic rounding, from a key and an element's index
 random_keys      keys of the random bits, from a parameter's name and step count
 sparse           the update of the rows of a table that have a gradient

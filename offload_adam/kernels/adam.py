@@ -39,6 +39,8 @@ from offload_adam.kernels.random_keys import (
     SCALE,
     SHIFT,
 )
+from offload_adam.kernels.undo import UndoLog
+from offload_adam.kernels.undo_ir import area_of, begin_piece, finish_piece
 from offload_adam.layout.flat import BLOCK_NUMEL
 
 if TYPE_CHECKING:
@@ -72,6 +74,8 @@ def _update_range(
     place: Any,
     skipped: Any,
     scalars: Any,
+    area: Any,
+    start: Any,
 ) -> None:
     """Update one range of elements, with the loop for the format of its state.
 
@@ -80,10 +84,23 @@ def _update_range(
         place: (NUM_COLUMNS,) row of `places`, see `update`; None if the moments are float32.
         skipped: number of elements of the segment before this range; a multiple of 128 if there are
             exponents.
+        area: area of the piece in the undo log; None without a log.
+        start: offset of the range in the flat arrays; used only with a log.
     """
     if place is None:
         _float32_range(
-            gradient, master, None, exp_avg, exp_avg_sq, max_exp_avg_sq, param_out, 0, 0, scalars
+            gradient,
+            master,
+            None,
+            exp_avg,
+            exp_avg_sq,
+            max_exp_avg_sq,
+            param_out,
+            0,
+            0,
+            scalars,
+            area,
+            start,
         )
     elif exponents is not None:
         run, pitch = place[RUN], place[PITCH]
@@ -105,6 +122,8 @@ def _update_range(
             place[SCALE],
             place[SHIFT],
             scalars,
+            area,
+            start,
         )
     else:
         first, run, pitch = place[FIRST], place[RUN], place[PITCH]
@@ -125,6 +144,8 @@ def _update_range(
                 place[KEY],
                 first + local // run * pitch + column,
                 scalars,
+                area,
+                start + low,
             )
             local += high - low
             low = high
@@ -161,6 +182,8 @@ def _build() -> Any:
         exponents: Any,
         places: Any,
         num_pieces: Any,
+        undo: Any,
+        launch: Any,
     ) -> int:
         total = work_starts[work_starts.size - 1]
         for piece in numba.prange(num_pieces):
@@ -170,6 +193,8 @@ def _build() -> Any:
             end = total
             if piece + 1 < num_pieces:
                 end = _cut(total * (piece + 1) // num_pieces, work_starts)
+            area = area_of(undo, piece)
+            position = begin_piece(area, launch, position, end, starts, work_starts)
             segment = np.searchsorted(work_starts, position, side="right") - 1
             while position < end:
                 skipped = position - work_starts[segment]
@@ -190,10 +215,13 @@ def _build() -> Any:
                     row_of(places, segment),
                     skipped,
                     scalars[rows[segment]],
+                    area,
+                    low,
                 )
                 position += numel
                 segment += 1
             finish_stores()  # each thread fences its own nontemporal stores
+            finish_piece(area)
         return fingerprint  # makes the fingerprint part of Numba's cache key
 
     return jit(update_segments, parallel=True)
@@ -218,6 +246,8 @@ def update(
     exponents: UInt8Array | None,
     places: Int64Array | None,
     num_pieces: int,
+    undo: UInt8Array | None = None,
+    launch: int = 0,
 ) -> None:
     """Apply one Adam update to every segment of the table.
 
@@ -270,12 +300,27 @@ def update(
             in this update, and the exponent of the power of 2 by which D was multiplied in this
             update. With 8-bit codes, local_start is a multiple of 128.
         num_pieces: number of threads that share the work.
+        undo: memory of an `UndoLog` with an area for each piece. With it, a killed update can be
+            completed, see `UndoLog.restore`; `starts` must then ascend. None without a log.
+        launch: number of this launch, unique for the log and not 0; 0 without a log.
+
+    Raises:
+        ValueError: `undo` has too few areas, or this machine has no IR kernel.
 
     Cost: memory traffic per element: 24 bytes of float32 state (32 with amsgrad), 2 or 4 of
         gradient, and 2 for a 16-bit parameter. With a split master, the state including the
         parameter takes 16 bytes in "bf16", 12 in "mixed" and 10 in "int8".
+        The log stays in the caches.
     Threads: `num_pieces` pieces under the thread mask of the calling thread.
     """
+    if undo is not None:
+        if not adam_ir.supports_ir():
+            raise ValueError("The kernel of this machine cannot keep an undo log. Pass undo=None.")
+        if undo.size < UndoLog.nbytes(num_pieces):
+            raise ValueError(
+                f"The undo log has {undo.size} bytes, but {num_pieces} pieces need "
+                f"{UndoLog.nbytes(num_pieces)}. Allocate a larger log."
+            )
     _update_segments(
         gradient_format.dtype_tag(),
         addresses,
@@ -292,6 +337,8 @@ def update(
         exponents,
         places,
         num_pieces,
+        undo,
+        launch,
     )
 
 
@@ -301,12 +348,14 @@ def compile_kernel(
     amsgrad: bool,
     state_format: StateFormat = "fp32",
     split_master: bool = False,
+    keeps: bool = False,
 ) -> None:
     """Compile, or load from the disk cache, the specialisation that `update` will need.
 
     Args:
         param_format: format of `param_out`; None if `param_out` is None.
         split_master: `master` is the bfloat16 parameter, and there is a remainder.
+        keeps: `update` gets an undo log.
     """
     table = np.zeros(0, dtype=np.int64)
     master, remainder, exp_avg, exp_avg_sq = state_tags(state_format, split_master)
@@ -327,8 +376,12 @@ def compile_kernel(
         np.zeros((0, 2), dtype=np.uint8) if has_codes else None,
         None if state_format == "fp32" else np.zeros((0, NUM_COLUMNS), dtype=np.int64),
         1,
+        np.zeros(0, dtype=np.uint8) if keeps else None,
+        0,
     )
     formats = describe_formats(gradient_format, param_format, state_format, split_master)
+    if keeps:
+        formats += ", undo log"
     compile_now(_update_segments, arguments, f"update ({formats})")
 
 

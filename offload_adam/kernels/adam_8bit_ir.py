@@ -44,6 +44,8 @@ from offload_adam.kernels.numba_private import (
     no_value,
 )
 from offload_adam.kernels.random_bits import BlockWords
+from offload_adam.kernels.undo import BLOCKS
+from offload_adam.kernels.undo_ir import UndoEntries, undo_entries
 from offload_adam.layout.flat import BLOCK_NUMEL
 
 _LANES = 32  # one AVX-512 register of 16-bit elements, two of float32
@@ -109,7 +111,6 @@ class _Block:
             words: random words of the block.
         """
         b, v = self._vectors.builder, self._vectors
-        prefetch_ahead(b, block)
         # Loaded here: LLVM must assume that the stores below change it.
         exponent = b.zext(_exponent(b, exponents, codes.EXP_AVG), I32)
         before = b.zext(_exponent(b, exponents, codes.EXP_AVG_SQ), INTP)
@@ -233,6 +234,8 @@ def adam_8bit_ir(
     scale: Any,
     shift: Any,
     scalars: Any,
+    area: Any,
+    start: Any,
 ) -> Any:
     """Update one range of elements, see `adam_8bit_plain.update_range`."""
     given = (gradient, master, remainder, exp_avg, exp_avg_sq, param_out)
@@ -241,9 +244,10 @@ def adam_8bit_ir(
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         arrays = Arrays(*addresses_of(context, builder, given, arguments))
         table = array_struct(context, builder, exponents, arguments[len(given)]).data
-        key, row, column, run, pitch, scale, shift = arguments[len(given) + 1 : -1]
+        key, row, column, run, pitch, scale, shift = arguments[len(given) + 1 : -3]
         numel = array_struct(context, builder, gradient, arguments[0]).nitems
-        values = load_scalars(context, builder, scalars, arguments[-1])
+        values = load_scalars(context, builder, scalars, arguments[-3])
+        undo = undo_entries(context, builder, BLOCKS, area, *arguments[-2:])
         stack = stack_blocks(context, builder, elements)
         root_of_rest = Vectors(builder, 1).sqrt(values[at.ONE_MINUS_BETA2])
         of_parameter = _Scale(builder.trunc(scale, I32), shift, root_of_rest)
@@ -251,12 +255,14 @@ def adam_8bit_ir(
         def emit(plain: bool) -> None:
             block = _Block(builder, plain, values, elements)
             position = _Position(builder, row, column, run, pitch)
-            _emit_spans(builder, block, arrays, stack, numel, table, of_parameter, key, position)
+            _emit_spans(
+                builder, block, arrays, stack, numel, table, of_parameter, key, position, undo
+            )
 
         emit_both(builder, values, emit)
         return no_value(context)
 
-    return types.void(*given, exponents, *[types.int64] * 7, scalars), codegen
+    return types.void(*given, exponents, *[types.int64] * 7, scalars, area, types.int64), codegen
 
 
 def update_range(
@@ -275,6 +281,8 @@ def update_range(
     scale: Any,
     shift: Any,
     scalars: Any,
+    area: Any,
+    start: Any,
 ) -> None:
     """Update one range of elements, see `adam_8bit_plain.update_range`."""
     adam_8bit_ir(
@@ -293,6 +301,8 @@ def update_range(
         scale,
         shift,
         scalars,
+        area,
+        start,
     )
 
 
@@ -332,6 +342,7 @@ def _emit_spans(
     scale: _Scale,
     key: Any,
     position: _Position,
+    undo: UndoEntries | None,
 ) -> None:
     """Emit the update of two spans of a range: the whole blocks, and the rest."""
     b = builder
@@ -354,7 +365,12 @@ def _emit_spans(
             current = each(lambda array: b.gep(array, [offset]), blocks)
             shift = constant(BLOCK_NUMEL.bit_length() - 2)  # two exponents for each block
             of_block = b.gep(exponents, [b.lshr(at_element, shift)])
-            block.update(current, of_block, scale, BlockWords(b, key, position.index()))
+            words = BlockWords(b, key, position.index())
+            prefetch_ahead(b, current)
+            if undo is not None:
+                used = b.select(is_whole, constant(BLOCK_NUMEL), b.sub(end, start))
+                undo.push_block(current, at_element, used, constant(0), of_block)
+            block.update(current, of_block, scale, words)
             position.advance()
         with b.if_then(is_partial, likely=False):
             copies.from_stack()

@@ -65,6 +65,8 @@ def update_range(
     scale: Any,
     shift: Any,
     scalars: Any,
+    area: Any,
+    start: Any,
 ) -> None:
     """Update one range of elements, which begins at a block.
 

@@ -42,6 +42,8 @@ from offload_adam.kernels.ir_blocks import (
 from offload_adam.kernels.ir_vectors import PairVectors
 from offload_adam.kernels.numba_private import array_struct, for_range_slice, no_value
 from offload_adam.kernels.random_bits import BlockWords
+from offload_adam.kernels.undo import BLOCKS
+from offload_adam.kernels.undo_ir import UndoEntries, undo_entries
 from offload_adam.layout.flat import BLOCK_NUMEL
 
 _LANES = 32  # one AVX-512 register of 16-bit elements, two of float32
@@ -62,7 +64,6 @@ class _Block:
             block: addresses of the block's first elements.
             words: random words of the block.
         """
-        prefetch_ahead(self._vectors.builder, block)
         pending = self._moments(block, 0, words)
         for start in range(_LANES, BLOCK_NUMEL, _LANES):
             following = self._moments(block, start, words)
@@ -113,6 +114,8 @@ def adam_bf16_ir(
     key: Any,
     index: Any,
     scalars: Any,
+    area: Any,
+    start: Any,
 ) -> Any:
     """Update one range of elements, see `update_range`."""
     given = (gradient, master, remainder, exp_avg, exp_avg_sq, param_out)
@@ -122,17 +125,18 @@ def adam_bf16_ir(
         arrays = Arrays(*addresses_of(context, builder, given, arguments))
         key, index = arguments[len(given) : len(given) + 2]
         numel = array_struct(context, builder, gradient, arguments[0]).nitems
-        values = load_scalars(context, builder, scalars, arguments[-1])
+        values = load_scalars(context, builder, scalars, arguments[-3])
+        undo = undo_entries(context, builder, BLOCKS, area, *arguments[-2:])
         stack = stack_blocks(context, builder, elements)
 
         def emit(plain: bool) -> None:
             block = _Block(builder, plain, values, elements)
-            _emit_spans(builder, block, arrays, stack, numel, key, index)
+            _emit_spans(builder, block, arrays, stack, numel, key, index, undo)
 
         emit_both(builder, values, emit)
         return no_value(context)
 
-    return types.void(*given, types.int64, types.int64, scalars), codegen
+    return types.void(*given, types.int64, types.int64, scalars, area, types.int64), codegen
 
 
 def update_range(
@@ -146,12 +150,26 @@ def update_range(
     key: Any,
     index: Any,
     scalars: Any,
+    area: Any,
+    start: Any,
 ) -> None:
     """Update one range of elements, see `adam_plain.update_range`; the moments are bfloat16.
 
     `max_exp_avg_sq` is None: there is no amsgrad for this format.
     """
-    adam_bf16_ir(gradient, master, remainder, exp_avg, exp_avg_sq, param_out, key, index, scalars)
+    adam_bf16_ir(
+        gradient,
+        master,
+        remainder,
+        exp_avg,
+        exp_avg_sq,
+        param_out,
+        key,
+        index,
+        scalars,
+        area,
+        start,
+    )
 
 
 def _emit_spans(
@@ -162,6 +180,7 @@ def _emit_spans(
     numel: Any,
     key: Any,
     index: Any,
+    undo: UndoEntries | None,
 ) -> None:
     """Emit the update of three spans of a range: partial first block, whole blocks, the rest."""
     b = builder
@@ -185,10 +204,15 @@ def _emit_spans(
         blocks = each(lambda array, copy: b.select(is_whole, array, copy), in_place, stack)
         first_block = b.lshr(first, constant(BLOCK_NUMEL.bit_length() - 1))
         loop = for_range_slice(b, start, end, constant(BLOCK_NUMEL), INTP)
-        with loop as (_, done):
+        with loop as (at_element, done):
             offset = b.mul(done, constant(BLOCK_NUMEL))
             current = each(lambda array: b.gep(array, [offset]), blocks)
-            block.update(current, BlockWords(b, key, b.add(first_block, done)))
+            words = BlockWords(b, key, b.add(first_block, done))
+            prefetch_ahead(b, current)
+            if undo is not None:
+                used = b.select(is_whole, constant(BLOCK_NUMEL), b.sub(end, start))
+                undo.push_block(current, at_element, used, first_in_block)
+            block.update(current, words)
         with b.if_then(is_partial, likely=False):
             copies.from_stack()
 

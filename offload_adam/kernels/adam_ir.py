@@ -48,6 +48,8 @@ from offload_adam.kernels.numba_private import (
     for_range_slice,
     no_value,
 )
+from offload_adam.kernels.undo import VECTORS
+from offload_adam.kernels.undo_ir import UndoEntries, undo_entries
 
 _LANES = 16  # float32 in one AVX-512 register, or in two AVX2 registers
 _INTP = ir.IntType(64)
@@ -90,15 +92,22 @@ class _Stages:
         scalars: list[Any],
         arrays: _Arrays,
         elements: _Arrays,
+        undo: UndoEntries | None,
     ) -> None:
         self._vectors = Vectors(builder, lanes)
         self._formula = Formula(self._vectors, plain, scalars)
         self._arrays = arrays
         self._elements = elements
+        self._undo = undo
 
     def moments(self, i: Any) -> tuple[Any, Any]:
         """Update the moments; return the direction and the second moment for its denominator."""
         v, formula, arrays = self._vectors, self._formula, self._arrays
+        if self._undo is not None:
+            # The whole entry here, although the weight changes two vectors later.
+            planes = (arrays.master, arrays.exp_avg, arrays.exp_avg_sq, arrays.max_exp_avg_sq)
+            places = [v.builder.gep(plane, [i]) for plane in planes if plane is not None]
+            self._undo.push(places, v.lanes, i)
         gradient = v.load(arrays.gradient, i, self._elements.gradient)
         weight = None if formula.plain else v.load(arrays.master, i, types.float32)
         g = formula.gradient(gradient, weight)
@@ -144,6 +153,8 @@ def adam_ir(
     max_exp_avg_sq: Any,
     param_out: Any,
     scalars: Any,
+    area: Any,
+    start: Any,
 ) -> Any:
     """Update one range of elements; all arrays are contiguous and have its length."""
     given = (gradient, master, exp_avg, exp_avg_sq, max_exp_avg_sq, param_out)
@@ -152,18 +163,19 @@ def adam_ir(
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         arrays = _Arrays(*addresses_of(context, builder, given, arguments))
         numel = array_struct(context, builder, gradient, arguments[0]).nitems
-        values = load_scalars(context, builder, scalars, arguments[-1])
+        values = load_scalars(context, builder, scalars, arguments[len(given)])
+        undo = undo_entries(context, builder, VECTORS, area, *arguments[-2:])
 
         def emit(plain: bool) -> None:
             def stages(lanes: int) -> _Stages:
-                return _Stages(builder, lanes, plain, values, arrays, elements)
+                return _Stages(builder, lanes, plain, values, arrays, elements, undo)
 
             _emit_range(builder, stages, arrays, numel)
 
         emit_both(builder, values, emit)
         return no_value(context)
 
-    return types.void(*given, scalars), codegen
+    return types.void(*given, scalars, area, types.int64), codegen
 
 
 def update_range(
@@ -177,12 +189,14 @@ def update_range(
     key: Any,
     index: Any,
     scalars: Any,
+    area: Any,
+    start: Any,
 ) -> None:
     """Update one range of elements, see `adam_plain.update_range`; all state is float32.
 
     `remainder` is None. `key` and `index` are not used, because no value is rounded stochastically.
     """
-    adam_ir(gradient, master, exp_avg, exp_avg_sq, max_exp_avg_sq, param_out, scalars)
+    adam_ir(gradient, master, exp_avg, exp_avg_sq, max_exp_avg_sq, param_out, scalars, area, start)
 
 
 @intrinsic

@@ -40,6 +40,8 @@ def update_range(
     key: Any,
     index: Any,
     scalars: Any,
+    area: Any,
+    start: Any,
 ) -> None:
     """Update one range of elements; all arrays are contiguous and have its length.
 

@@ -81,7 +81,7 @@ class Copies:
 
     def _copy(self, target: Any, source: Any) -> None:
         b = self._builder
-        nbytes = b.mul(self._numel, constant(_itemsize(target)))
+        nbytes = b.mul(self._numel, constant(itemsize_of(target)))
         kind = ir.FunctionType(ir.VoidType(), [_BYTES, _BYTES, INTP, ir.IntType(1)])
         copy = get_or_insert_function(b.module, kind, "llvm.memcpy.p0.p0.i64")
         b.call(copy, [b.bitcast(target, _BYTES), b.bitcast(source, _BYTES), nbytes, _NOT_VOLATILE])
@@ -90,7 +90,7 @@ class Copies:
         b = self._builder
         kind = ir.FunctionType(ir.VoidType(), [_BYTES, ir.IntType(8), INTP, ir.IntType(1)])
         fill = get_or_insert_function(b.module, kind, "llvm.memset.p0.i64")
-        nbytes = constant(BLOCK_NUMEL * _itemsize(block))
+        nbytes = constant(BLOCK_NUMEL * itemsize_of(block))
         zero = ir.Constant(ir.IntType(8), 0)
         b.call(fill, [b.bitcast(block, _BYTES), zero, nbytes, _NOT_VOLATILE])
 
@@ -126,9 +126,9 @@ def prefetch_ahead(builder: Any, block: Arrays) -> None:
             emit_prefetches(
                 builder,
                 array,
-                itemsize=_itemsize(array),
+                itemsize=itemsize_of(array),
                 start_nbytes=_PREFETCH_NBYTES,
-                nbytes=BLOCK_NUMEL * _itemsize(array),
+                nbytes=BLOCK_NUMEL * itemsize_of(array),
             )
 
 
@@ -137,6 +137,7 @@ def constant(value: int) -> ir.Constant:
     return ir.Constant(INTP, value)
 
 
-def _itemsize(address: Any) -> int:
+def itemsize_of(address: Any) -> int:
+    """Return the bytes of the elements at an address."""
     kind = address.type.pointee
     return 4 if isinstance(kind, ir.FloatType) else int(kind.width) // 8

@@ -80,6 +80,8 @@ def _build() -> Any:
                     place,
                     low,
                     scalars,
+                    None,
+                    low,
                 )
             finish_stores()
         return fingerprint

@@ -194,6 +194,8 @@ def run_update(
     *,
     num_pieces: int = 2,
     num_threads: int = 2,
+    undo: npt.NDArray[np.uint8] | None = None,
+    launch: int = 0,
 ) -> None:
     """Run the kernel over the segments as one table."""
     threads.use_threads(num_threads)
@@ -214,6 +216,8 @@ def run_update(
         state.exponents,
         places_of(state, segments),
         num_pieces,
+        undo,
+        launch,
     )
 
 

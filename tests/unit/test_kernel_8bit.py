@@ -159,6 +159,8 @@ def test_both_loops_compute_the_references_bits(state_format: CodedFormat, split
                 place.scale_bits,
                 place.shift,
                 row,
+                None,
+                0,
             )
             expected = reference.updated(expected, widened(gradient), row, place)
             assert_same_bits(ir, expected, f"{mode} {step}")

@@ -199,6 +199,8 @@ def test_both_loops_compute_the_same_bits(
             KEY,
             start,
             scalars,
+            None,
+            0,
         )
         assert np.any(plain.master != before.master)
         for name in ("master", "remainder", "exp_avg", "exp_avg_sq", "param_out"):

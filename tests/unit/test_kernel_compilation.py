@@ -187,7 +187,7 @@ def assembly_of(update_range: Any, gradient_format: FloatFormat, place: tuple[An
     state, param_out = np.zeros(0, dtype=np.float32), FloatFormat.BFLOAT16.dtype_tag()
     kernel = compilation.jit_inlined(update_range)
     gradient = gradient_format.dtype_tag()
-    arguments = (gradient, state, None, state, state, None, param_out, *place, state)
+    arguments = (gradient, state, None, state, state, None, param_out, *place, state, None, 0)
     compilation.compile_now(kernel, arguments, "update")
     (assembly,) = kernel.inspect_asm().values()
     return str(assembly)
@@ -221,7 +221,7 @@ def test_the_update_of_bfloat16_state_vectorises(is_split: bool) -> None:
     kernel = compilation.jit_inlined(adam_bf16_ir.update_range)
     half, single = FloatFormat.BFLOAT16.dtype_tag(), FloatFormat.FLOAT32.dtype_tag()
     master, remainder = (half, np.zeros(0, dtype=np.int16)) if is_split else (single, None)
-    arguments = (half, master, remainder, half, half, None, None, 0, 0, single)
+    arguments = (half, master, remainder, half, half, None, None, 0, 0, single, None, 0)
     compilation.compile_now(kernel, arguments, "update")
     (assembly,) = kernel.inspect_asm().values()
     assert vector_instructions(assembly, "vdivps") >= 16
@@ -238,7 +238,7 @@ def test_the_update_of_8_bit_state_vectorises(dtype: type[np.generic]) -> None:
     remainder, codes = np.zeros(0, dtype=np.int8), np.zeros(0, dtype=np.uint8)
     exponents = np.zeros((0, 2), dtype=np.uint8)
     state = (half, remainder, np.zeros(0, dtype=dtype), codes, None, exponents)
-    compilation.compile_now(kernel, (half, *state, 0, 0, 0, 1, 1, 0, 0, single), "update")
+    compilation.compile_now(kernel, (half, *state, 0, 0, 0, 1, 1, 0, 0, single, None, 0), "update")
     (assembly,) = kernel.inspect_asm().values()
     assert vector_instructions(assembly, "vdivps") >= 16
     assert vector_instructions(assembly, "vpmulld") >= 16

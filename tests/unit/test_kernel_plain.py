@@ -63,6 +63,8 @@ def updated_by_plain(before: HostState, gradient: CarriedArray, scalars: Float32
         0,
         0,
         scalars,
+        None,
+        0,
     )
     return after
 
