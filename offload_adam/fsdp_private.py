@@ -225,11 +225,12 @@ class FsdpParameter:
         # Of the storages: an empty part has no address of its own.
         return bool(gathered.untyped_storage().data_ptr() == local.untyped_storage().data_ptr())
 
-    def move_to(self, memory: torch.Tensor) -> None:
-        """Let FSDP2 gather from `memory`, to which the present values are copied.
+    def move_to(self, memory: torch.Tensor, *, copies: bool = True) -> None:
+        """Let FSDP2 gather from `memory`.
 
         Args:
             memory: (padded_numel,) with a storage of its own.
+            copies: copy the present values to it first.
         """
         record = self._record()
         assert record is not None
@@ -238,7 +239,8 @@ class FsdpParameter:
         dim = record.fsdp_placement.dim
         length = local.size(dim) if local.numel() > 0 else 0
         view = memory.view(record.padded_sharded_param_size).narrow(dim, 0, length)
-        view.copy_(local)
+        if copies:
+            view.copy_(local)
         # `memory` is not page-locked. FSDP2 would put a page-locked copy in the place of the local
         # tensor. In torch 2.11 it also calls hooks before the gradient's D2H copy is complete.
         record.pin_memory = False

@@ -139,6 +139,12 @@ class OffloadAdam(ShardedOptimizer):
         skipped_steps: number of steps that were skipped since construction.
         grad_scale: loss scale by which gradients are divided; 1 if not set. A GradScaler sets it
             for each step. Set it if you scale the loss yourself.
+        resumed_step: with `OffloadPolicy(keep="shared")`, the `ResumedStep` that the constructor
+            has completed for an earlier process: the loop continues with the next step. None if
+            there was none.
+        kept_extra: with the same option, a dict of what the loop needs to continue after a step,
+            such as its random state. Set it before `step()`; `resumed_step.extra` is this dict. It
+            may have about 3 MiB.
 
     Cost: for bf16 parameters on a GPU, 14 bytes of host memory per parameter, divided by the number
         of ranks: 4 each for master weight, exp_avg and exp_avg_sq, and 2 for the gradient. With

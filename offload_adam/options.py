@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 C = TypeVar("C")
 
+Keep = Literal["none", "shared"]
+"""Whether the state outlives the process: not at all, or in a file in shared memory."""
+
 Pin = Literal["all", "staging", "none"]
 """Page-locked host memory: state and staging buffers, staging buffers only, or none."""
 
@@ -96,6 +99,18 @@ class Dtype:
         """Raise ValueError for any other dtype."""
         if str(value) != f"torch.{self.name}":
             raise ValueError(f"{name} must be torch.{self.name}{or_none}, not {value}")
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Text that is not empty."""
+
+    def check(self, name: str, value: Any, or_none: str = "") -> None:
+        """Raise TypeError for another type, ValueError for empty text or a null character."""
+        if not isinstance(value, str):
+            raise TypeError(f"{name} must be a str{or_none}, not {show(value)}")
+        if not value or "\0" in value:
+            raise ValueError(f"{name} must be text without null characters, not {show(value)}")
 
 
 def is_number(value: object) -> bool:
@@ -297,6 +312,37 @@ class OffloadPolicy:
         "into the node's memory, instead of raising HostMemoryError. Set it if the prediction is "
         "wrong for this node, for example because other processes will free memory.",
         key="memory.allow_overcommit",
+    )
+    keep: Keep = option(
+        "none",
+        Choice(get_args(Keep)),
+        "'shared' keeps the state in a file in shared memory (`keep_path`) that outlives the "
+        "process. If the process is killed, the next one completes the step that was decided last, "
+        "to the same bits, and continues from there without a checkpoint. All state must be in "
+        "host memory. A further backward of a step needs accumulate='host' or no_sync().",
+        key="memory.keep",
+        shared=True,
+    )
+    keep_path: str | None = option(
+        None,
+        Text(),
+        "Folder for the files of kept state, one for each rank. Give each run its own: a run "
+        "resumes from the state that it finds there. It should be in memory: a folder in /dev/shm, "
+        "or on another tmpfs or a hugetlbfs.",
+        key="memory.keep_path",
+    )
+    resume_kept: bool = option(
+        True,
+        Flag(),
+        "With `keep`: continue from the state in `keep_path` if it is of the same model and world "
+        "size, see `resumed_step` of the optimizer. If False, replace it.",
+        shared=True,
+    )
+    attach_timeout: float = option(
+        60.0,
+        Number(least=0, finite=True, unit="seconds"),
+        "Seconds to wait until the process that last used the kept state has ended.",
+        key="memory.attach_timeout",
     )
     units: Sequence[torch.nn.Module] | None = option(
         None,

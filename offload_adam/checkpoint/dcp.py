@@ -62,7 +62,7 @@ class OptimizerState:
         with locked(self._optimizer):
             core = self._optimizer._settled()
             # dcp.load overwrites this memory, which a background checkpoint may still read.
-            core.external_edits.wait_for_snapshot()
+            core.external_edits.before_writing()
             name_of = ParameterNames(self._model, core)
             plain = encode(plain_state(self._optimizer, core, name_of), "optimizer")
             state: dict[str, dict[str, BoxTensor]] = {}
@@ -100,7 +100,7 @@ class OptimizerState:
                         "optimizer with the saved format."
                     )
             load_plain = plan_plain_state(self._optimizer, core, plain, name_of)
-            core.external_edits.wait_for_snapshot()
+            core.external_edits.before_writing()
             copies = (
                 (plane, state_dict["state"][name_of(shard.parameter)][key].local)
                 for shard in shards_of(core.states)

@@ -159,7 +159,7 @@ def _load(
             _check_storable(reader, name_of, core)
         with raise_on_all_ranks(optimizer.ranks, "loading a checkpoint"), torch.no_grad():
             # A background checkpoint may still read the state that is overwritten here.
-            core.external_edits.wait_for_snapshot()
+            core.external_edits.before_writing()
             core.external_edits.reject_replaced()
             _read_in_place(reader, name_of, core, state, weights=weights)
             if weights and _load_modules(reader, model, state):

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
+from offload_adam import options
 from offload_adam.options import (
     MAX_STEP_COUNT,
     Choice,
@@ -70,6 +71,8 @@ def _type_of(option: Option, default: Any) -> Any:
             kind = bool
         case Choice(values):
             kind = Literal[tuple(value for value in values if value is not None)]
+        case options.Text():
+            kind = Text
         case Dtype(short=short):
             kind = Literal[short]
         case Number() as rule:

@@ -38,7 +38,7 @@ def dead_verdict(record: PeerRecord) -> Verdict:
         (record.rank,),
         f"Rank {record.rank} is dead: {record.address} ended unexpectedly, last seen in "
         f"{record.progress.where}. Check its log and the kernel's log (out of memory?), then "
-        "restart from the newest checkpoint.",
+        "restart from the newest checkpoint, or from kept state if there is any.",
     )
 
 
@@ -48,7 +48,7 @@ def silent_verdict(record: PeerRecord, silent_s: float) -> Verdict:
         (record.rank,),
         f"Rank {record.rank} is dead: {record.address} has sent no heartbeat for {silent_s:.0f} s, "
         f"last seen in {record.progress.where}. It was stopped, or its machine or network is down. "
-        "Restart from the newest checkpoint.",
+        "Restart from the newest checkpoint, or from kept state if there is any.",
     )
 
 

@@ -68,6 +68,7 @@ class Category:
     STAGING = "staging"  # buffers of copies between host and device
     BLOCK_SUMS = "block_sums"
     PREPARED = "prepared"  # centralized and sparse gradients in the kernel's form
+    KEPT_RECORDS = "kept records"  # of steps, for a process that completes the last one
     SNAPSHOT_BUFFER = "snapshot buffer"  # copies for a checkpoint in the background
     CHECKPOINT_WRITER = "checkpoint writer"
     GATHERED = "gathered by FSDP2"  # layers, and gradients that it averages

@@ -88,6 +88,7 @@ class StatePolicy:
         the state of its own parts.
     offload_fraction: minimum fraction of the elements on a device whose state is on the host.
     pins_state, pins_staging: host state, and staging buffers, are page-locked.
+    keeps: state, gradients, and parameters that are a part of the state outlive the process.
     """
 
     world_size: int = 1
@@ -102,6 +103,7 @@ class StatePolicy:
     offload_fraction: float = 1.0
     pins_state: bool = True
     pins_staging: bool = True
+    keeps: bool = False
 
     @classmethod
     def from_options(
@@ -123,7 +125,7 @@ class StatePolicy:
             bucket_nbytes=offload.bucket_nbytes,
             reduces=reduces,
             accumulates=accumulates,
-            accumulates_later=accumulates_later,
+            accumulates_later=accumulates_later and offload.keep == "none",
             reduces_in_fp32=reduces_in_fp32,
             streams=streams,
             replicated=replicated,
@@ -131,6 +133,7 @@ class StatePolicy:
             offload_fraction=offload.offload_fraction,
             pins_state=offload.pin == "all",
             pins_staging=offload.pin != "none",
+            keeps=offload.keep != "none",
         )
 
     @property
@@ -213,6 +216,7 @@ class StatePlan:
 
     pinned: host state is page-locked, so that copies need no staging buffer.
     pins_staging: staging buffers are page-locked.
+    kept: the state outlives the process, with all that a later one needs to complete a step.
     """
 
     bucket: Bucket
@@ -221,6 +225,7 @@ class StatePlan:
     gradient: GradientPlan
     pinned: bool
     pins_staging: bool
+    kept: bool = False
 
     @property
     def is_offloaded(self) -> bool:
@@ -262,6 +267,11 @@ class StatePlan:
         """
         adds_in_shard = self.gradient.shard_itemsize == FLOAT32_NBYTES and not self.copies_directly
         return 0 if adds_in_shard else FLOAT32_NBYTES
+
+    @property
+    def keeps_parameters(self) -> bool:
+        """Whether the parameters outlive the process: they are master weights, or parts of them."""
+        return self.kept and self.state.master_weight == 0
 
     @property
     def uses_ring(self) -> bool:
@@ -336,7 +346,9 @@ def plan_state(
         state = _plane_sizes(bucket, location)
         gradient = _gradient_plan(bucket, location, policy)
         pinned = policy.pins_state and location.is_host
-        plans.append(StatePlan(bucket, location, state, gradient, pinned, policy.pins_staging))
+        plans.append(
+            StatePlan(bucket, location, state, gradient, pinned, policy.pins_staging, policy.keeps)
+        )
     return tuple(plans)
 
 
@@ -437,7 +449,11 @@ def _gradient_plan(bucket: Bucket, location: StateLocation, policy: StatePolicy)
     itemsize = FLOAT32_NBYTES if policy.averages and policy.reduces_in_fp32 else bucket.itemsize
     if policy.accumulates:
         shard_itemsize = FLOAT32_NBYTES
-    elif policy.averages or location in (StateLocation.OFFLOADED, StateLocation.DEVICE):
+    elif (
+        policy.averages
+        or policy.keeps  # tensors of autograd do not outlive the process
+        or location in (StateLocation.OFFLOADED, StateLocation.DEVICE)
+    ):
         shard_itemsize = itemsize
     else:
         shard_itemsize = 0

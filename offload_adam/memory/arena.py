@@ -41,8 +41,8 @@ Linux then places the page on the NUMA node of this thread.
 class HostArena:
     """Host memory of a fixed size, allocated to tensors from start to end.
 
-    Owns: an anonymous private mapping, in huge pages if the kernel grants them, and its
-        registration with CUDA.
+    Owns: an anonymous private mapping, in huge pages if the kernel grants them, unless the caller
+        passes a shared one; and its registration with CUDA.
     Lifecycle: all pages are present after construction. The bytes live as long as any tensor in
         them. They are pinned from `pin` until `close` or until this object is garbage-collected.
         The owner must call `close` at the interpreter's exit too.
@@ -56,6 +56,7 @@ class HostArena:
         touch: Touch | None = None,
         survives_fork: bool = False,
         piece_nbytes: int = PIECE_NBYTES,
+        shared: tuple[mmap.mmap, int] | None = None,
     ) -> None:
         """Map and commit `nbytes`.
 
@@ -69,6 +70,9 @@ class HostArena:
                 so the memory of forked data loaders does not count it again.
             piece_nbytes: bytes that are pinned by one call. No tensor crosses from one piece into
                 the next, unless it is larger than a piece.
+            shared: a mapping of a file that outlives the process, and where the arena starts in it,
+                at a whole page. Its bytes stay as they are, unless `touch` is given. Forked
+                children inherit it.
 
         Raises:
             HostMemoryError: the kernel cannot map that much.
@@ -79,24 +83,21 @@ class HostArena:
         self._unpin: weakref.finalize[[], HostArena] | None = None
         self._registration: Registration | None = None
         self._mapping: mmap.mmap | None = None
+        self._start = 0  # of the arena in the mapping
         if nbytes == 0:
             return
-        # Private, because Linux gives no huge pages to shared anonymous memory by default.
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        try:
-            self._mapping = mmap.mmap(-1, nbytes, flags=flags)
-        except OSError as error:
-            raise HostMemoryError(
-                f"{format_nbytes(nbytes)} of host memory cannot be mapped: {error.strerror}. Use "
-                "more nodes or a smaller model, or raise the limit of virtual memory (ulimit -v)."
-            ) from error
+        if shared is not None:
+            self._mapping, self._start = shared
+            survives_fork = True  # a copy would be the same memory, so it costs nothing
+        else:
+            self._mapping = _map_private(nbytes)
         self._advise("MADV_HUGEPAGE")  # before the first touch, which fixes the pages' size
         if not survives_fork:
             self._advise("MADV_DONTFORK")
         if touch is None:
-            self._commit()
+            self._commit(is_zero=shared is None)
         else:
-            everything = torch.frombuffer(self._mapping, dtype=torch.uint8)
+            everything = self._bytes()
             for start, end in _places(parts, piece_nbytes):
                 touch(everything[start:end])
 
@@ -114,7 +115,15 @@ class HostArena:
             raise AssertionError(
                 f"An arena of {self.nbytes} bytes was asked for {self._used_nbytes} bytes."
             )
+        offset += self._start
         return torch.frombuffer(self._mapping, dtype=dtype, count=numel, offset=offset)
+
+    def _bytes(self) -> torch.Tensor:
+        """Return the arena as (nbytes,) uint8."""
+        assert self._mapping is not None
+        return torch.frombuffer(
+            self._mapping, dtype=torch.uint8, count=self.nbytes, offset=self._start
+        )
 
     @property
     def pinned_nbytes(self) -> int:
@@ -133,7 +142,7 @@ class HostArena:
         # its NUMA node.
         if self._mapping is None or self._registration is not None:
             return
-        address = torch.frombuffer(self._mapping, dtype=torch.uint8).data_ptr()
+        address = self._bytes().data_ptr()
         pieces = [
             (address + start, min(self._piece_nbytes, self.nbytes - start))
             for start in range(0, self.nbytes, self._piece_nbytes)
@@ -167,17 +176,34 @@ class HostArena:
         if advice is None or self._mapping is None:
             return
         try:
-            self._mapping.madvise(advice)
+            self._mapping.madvise(advice, self._start, self.nbytes)
         except OSError as error:
             logger.debug("Kernel rejected %s: %s", name, error)
 
-    def _commit(self) -> None:
-        """Make every page present now, so that no step takes page faults or runs out of memory."""
+    def _commit(self, *, is_zero: bool) -> None:
+        """Make every page present now, so that no step takes page faults or runs out of memory.
+
+        Args:
+            is_zero: the memory is fresh.
+        """
         assert self._mapping is not None
         try:
-            self._mapping.madvise(_MADV_POPULATE_WRITE)
+            self._mapping.madvise(_MADV_POPULATE_WRITE, self._start, self.nbytes)
         except OSError:  # an older kernel: write to every page instead
-            torch.frombuffer(self._mapping, dtype=torch.uint8).zero_()
+            if is_zero:
+                self._bytes().zero_()
+
+
+def _map_private(nbytes: int) -> mmap.mmap:
+    # Private, because Linux gives no huge pages to shared anonymous memory by default.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    try:
+        return mmap.mmap(-1, nbytes, flags=flags)
+    except OSError as error:
+        raise HostMemoryError(
+            f"{format_nbytes(nbytes)} of host memory cannot be mapped: {error.strerror}. Use "
+            "more nodes or a smaller model, or raise the limit of virtual memory (ulimit -v)."
+        ) from error
 
 
 def close_all(arenas: Iterable[HostArena]) -> None:

@@ -107,13 +107,16 @@ class StatePlanes:
         return {name: plane for name, plane in planes.items() if plane is not None}
 
 
-def allocate_planes(plan: StatePlan, arena: HostArena, shard: torch.Tensor) -> StatePlanes:
+def allocate_planes(
+    plan: StatePlan, arena: HostArena, shard: torch.Tensor, *, fills: bool = True
+) -> StatePlanes:
     """Allocate one bucket's planes, zeroed, and fill the master weights from `shard`.
 
     Args:
         arena: for planes in host memory. Other planes are allocated on the shard's device.
         shard: (shard_numel,) this rank's part of the parameters. If they are their own master
             weights, this tensor is the plane.
+        fills: False to leave what the memory of the arena holds.
     """
 
     numel, sizes = plan.bucket.shard_numel, plan.state
@@ -142,9 +145,9 @@ def allocate_planes(plan: StatePlan, arena: HostArena, shard: torch.Tensor) -> S
             else None
         ),
     )
-    if plan.state.master_weight:
+    if fills and plan.state.master_weight:
         planes.master_weight.copy_(shard)
-    if planes.exponents is not None:
+    if fills and planes.exponents is not None:
         planes.exponents[:, EXP_AVG_SQ].fill_(SQ_MIN_EXPONENT)
     return planes
 

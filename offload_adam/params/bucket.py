@@ -23,7 +23,13 @@ from offload_adam.params.local_shard import LocalShard
 from offload_adam.params.selection import NewParameter
 
 
-def flatten_parameters(bucket: Bucket, items: Sequence[NewParameter]) -> torch.Tensor:
+def flatten_parameters(
+    bucket: Bucket,
+    items: Sequence[NewParameter],
+    memory: torch.Tensor | None = None,
+    *,
+    copies: bool = True,
+) -> torch.Tensor:
     """Move the parameters of one bucket into one flat tensor, and return it.
 
     Each Parameter object stays the same. Its data becomes a view of its part of the flat tensor.
@@ -31,21 +37,24 @@ def flatten_parameters(bucket: Bucket, items: Sequence[NewParameter]) -> torch.T
 
     Args:
         items: in the order of the bucket's placements; all of one dtype and device.
+        memory: (bucket.numel,) becomes the flat tensor; None to allocate one.
+        copies: copy the parameters' values. If False, the parameters get the values of `memory`.
 
     Returns:
         (bucket.numel,) on the parameters' device, zero in the padding.
     """
     first = items[0].local
-    flat = _allocate(bucket.numel, first.dtype, first.device)
+    flat = _allocate(bucket.numel, first.dtype, first.device) if memory is None else memory
     for placed, item in zip(bucket.placements, items, strict=True):
         parameter = item.parameter
         if item.shard is not None and item.shard.record is not None:
-            memory = flat[placed.start : placed.memory_end]
-            item.shard.record.move_to(with_own_storage(memory))
+            part = with_own_storage(flat[placed.start : placed.memory_end])
+            item.shard.record.move_to(part, copies=copies)
         elif placed.numel > 0:
             # With its own storage: `torch.save` of one parameter would write the whole bucket.
             view = with_own_storage(in_shape_of(flat[placed.start : placed.end], item.local))
-            view.copy_(item.local.detach())
+            if copies:
+                view.copy_(item.local.detach())
             # Through `.data`: references in the model stay valid, and each parameter keeps its own
             # version counter, which views of one tensor would share.
             if is_dtensor(parameter):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
@@ -23,6 +24,7 @@ from offload_adam.options import (
     resolve_overlap,
 )
 from offload_adam.params.local_shard import ShardedModel
+from offload_adam.params.selection import NewParameter
 from offload_adam.printable import show
 from offload_adam.sharded_optimizer.ddp import averaged_by_ddp
 from offload_adam.version import __version__
@@ -104,8 +106,15 @@ def decide_execution(
         reduces = _resolve_reduction(options, trained, searches=searches) == "optimizer"
     streams = hooked and (reduces or (sharded is not None and can_wait))
     _check_needs_of_hooks(options, hooked=hooked, streams=streams)
+    if options.offload.keep != "none" and any(on_device):
+        why = "keep='shared' keeps only state in host memory"
+        _reject_device_state(options, why, "or keep='none'", replicated=replicated)
     if options.state_format != "fp32" and any(on_device):
-        _check_low_precision(options, replicated=replicated)
+        why = (
+            f"state_format={options.state_format!r} needs state in host memory, where the kernels "
+            "update it"
+        )
+        _reject_device_state(options, why, "or state_format='fp32'", replicated=replicated)
     policy = StatePolicy.from_options(
         options.offload,
         world_size=world_size,
@@ -248,17 +257,63 @@ def _check_needs_of_hooks(options: ExecutionOptions, *, hooked: bool, streams: b
             raise TypeError(f"units must be submodules of module=, not {show(unit)}")
 
 
-def _check_low_precision(options: ExecutionOptions, *, replicated: bool) -> None:
-    """Reject options that would store state in low precision on a device.
+def _reject_device_state(
+    options: ExecutionOptions, why: str, otherwise: str, *, replicated: bool
+) -> None:
+    """Reject options that would store state on a device.
+
+    Args:
+        why, otherwise: parts of the error message: the reason, and another remedy.
 
     Raises:
         ValueError: the message has the option to change.
     """
     if replicated or options.offload.offload_fraction < 1.0:
         remedy = "use_offload=True" if replicated else "offload_fraction=1"
+        raise ValueError(f"{why}. Pass {remedy}, {otherwise}.")
+
+
+def check_keeps(offload: OffloadPolicy, is_deferred: bool) -> None:
+    """Reject options that do not go with state that outlives the process.
+
+    Raises:
+        ValueError: the message names the option.
+    """
+    if offload.keep_path is None:
         raise ValueError(
-            f"state_format={options.state_format!r} needs state in host memory, where the kernels "
-            f"update it. Pass {remedy}, or state_format='fp32'."
+            "keep='shared' needs keep_path=, a folder of this run in shared memory, such as "
+            "'/dev/shm/my-run'."
+        )
+    if is_deferred:
+        raise ValueError(
+            "keep='shared' needs the state at construction. Construct the optimizer after the "
+            "model is sharded, without defer=True, or pass keep='none'."
+        )
+    from offload_adam.kernels.adam_ir import supports_ir  # with Numba, which is slow to import
+
+    if not supports_ir():
+        raise ValueError(
+            f"keep='shared' needs x86-64 or AArch64, not {platform.machine()}: other kernels write "
+            "no undo log. Pass keep='none'."
+        )
+
+
+def reject_not_keepable(new: Sequence[NewParameter]) -> None:
+    """Reject parameters whose step a later process could not complete.
+
+    Raises:
+        ValueError: the message names a parameter.
+    """
+    for item in new:
+        if item.shard is not None and item.shard.is_distinct:
+            what = "groups with replicas='distinct', whose gradients are decided on each rank"
+        elif item.centralized:
+            what = "grad_centralization, which prepares gradients in memory that is not kept"
+        else:
+            continue
+        raise ValueError(
+            f"keep='shared' does not support {what}. Parameter {item.name!r} is in such a group. "
+            "Leave one of them out."
         )
 
 

@@ -169,6 +169,11 @@ class FollowsModel(StateAccess):
             TypeError, ValueError: a parameter can no longer be optimized, or loaded state cannot be
                 kept. The optimizer is unchanged.
         """
+        if core.kept is not None:
+            raise ValueError(
+                "The model was moved, wrapped or sharded after the optimizer was constructed, but "
+                "with keep='shared' its state cannot follow. Construct the optimizer afterwards."
+            )
         core.synchronize()
         core.snapshot_lock.wait_until_all_free()
         index_of = self._index_of

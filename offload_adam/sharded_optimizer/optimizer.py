@@ -48,13 +48,16 @@ from offload_adam.printable import show
 from offload_adam.sharded_optimizer.ddp import check_averaged
 from offload_adam.sharded_optimizer.execution import (
     Execution,
+    check_keeps,
     check_module,
     checked_options,
     decide_execution,
+    reject_not_keepable,
     shared_fields,
     usable_failures,
 )
 from offload_adam.sharded_optimizer.follows_model import FollowsModel, shards_later
+from offload_adam.sharded_optimizer.kept_values import KeptValues, ResumedStep, kind_of
 from offload_adam.sharded_optimizer.loss_scale import read_loss_scale, report_skip
 from offload_adam.sharded_optimizer.owners import add_owner, find_older, reject_owned, take_over
 from offload_adam.sharded_optimizer.state_access import serialized
@@ -114,6 +117,9 @@ class ShardedOptimizer(FollowsModel):
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
         self.notice = Notice()
+        self.kept_extra: dict[str, Any] = {}
+        self.resumed_step: ResumedStep | None = None
+        self._kept_values: KeptValues | None = None
         self._warned_idle = False
         self._max_norm_once: float | None = None
         # A weak reference: stand-ins in `.grad` must not keep a dropped optimizer and its state
@@ -150,6 +156,8 @@ class ShardedOptimizer(FollowsModel):
                 add_groups()
                 self._options = options = checked_options(options)
                 self._is_deferred = options.defer or self._waits_for_accelerate()
+                if options.offload.keep != "none":
+                    check_keeps(options.offload, self._is_deferred)
                 names = names_of(self.param_groups, module)
                 self._first_names = {
                     id(parameter): name
@@ -176,8 +184,23 @@ class ShardedOptimizer(FollowsModel):
             execution = self._decide_execution()
             reject_unrelated(self._module, self.param_groups)
             older = find_older(selection)
+            if execution.policy.keeps:
+                reject_not_keepable(selection.new)
+                self._kept_values = KeptValues(self._module)
         self._build(execution, partial(take_over, older, self._ranks))
         add_owner(self)
+        if self._kept_values is not None:
+            self.resumed_step = self._kept_values.resume(self, self._alive())
+
+    def discard_kept(self) -> None:
+        """Delete the kept state of this rank, for example at the end of training. Idempotent.
+
+        Without this, it stays in memory when the process ends, and the next optimizer with the same
+        `keep_path` resumes from it.
+        """
+        core = self._alive()
+        if core.kept is not None:
+            core.kept.remove()
 
     def _decide_execution(self) -> Execution:
         """Check the options, and decide from them and the parameters how to run."""
@@ -210,7 +233,15 @@ class ShardedOptimizer(FollowsModel):
         this = weakref.ref(self)  # what the finalizer holds must not keep the optimizer alive
         core = ShardedAdam(
             self._ranks,
-            Storage(policy, self._backend, runtime, options.offload),
+            Storage(
+                policy,
+                self._backend,
+                runtime,
+                options.offload,
+                0 if self._kept_values is None else self._kept_values.max_nbytes,
+                kind_of(self),
+                "" if self._kept_values is None else self._kept_values.identity,
+            ),
             num_threads=options.num_threads,
             on_device=any(on_device) or bool(self._sharded and self._sharded.computes_on_device),
             module=self._module,
@@ -290,11 +321,11 @@ class ShardedOptimizer(FollowsModel):
         num_buckets = len(core.states)
         with torch.no_grad():
             core.extend(new, selection.frozen)
-        wait_for_snapshot = weakref.WeakMethod(core.external_edits.wait_for_snapshot)
+        before_writing = weakref.WeakMethod(core.external_edits.before_writing)
         for item in new:
             self._index_of[item.parameter] = item.index
             entry = local_state(*core.bucket_and_position(item.index))
-            self.state[item.parameter] = StateEntry(entry, wait_for_snapshot)
+            self.state[item.parameter] = StateEntry(entry, before_writing)
             self._state_edits.add(item.parameter, entry)
         if self._hooks is not None:
             for state in core.states[num_buckets:]:
@@ -671,6 +702,7 @@ class ShardedOptimizer(FollowsModel):
             factor=self._streamed.factor(),
             multiplied=self._streamed.multiplied,
             notice=replace(self.notice, saved=self._alive().snapshot_lock.num_finished),
+            payload=b"" if self._kept_values is None else self._kept_values.pack(self),
         )
 
     def _check_groups_and_load_edits(self) -> None:

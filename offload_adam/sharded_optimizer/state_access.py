@@ -504,7 +504,7 @@ class StateAccess(torch.optim.Optimizer):
 
         def load() -> None:
             # A background checkpoint may still read the tensors that are overwritten here.
-            core.external_edits.wait_for_snapshot()
+            core.external_edits.before_writing()
             with torch.no_grad():
                 # If the dict is from this optimizer's own `state_dict`, source and target share
                 # memory, and the copy changes nothing.
@@ -632,6 +632,6 @@ class StateAccess(torch.optim.Optimizer):
                     "to change state, or construct a new optimizer to reset it."
                 ) from error
             # A background checkpoint may still read the tensors that are overwritten here.
-            core.external_edits.wait_for_snapshot()
+            core.external_edits.before_writing()
             copy_all(copies, had_codes=False)
         self._state_edits.restore(self.state)

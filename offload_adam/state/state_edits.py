@@ -32,16 +32,16 @@ class StateEntry(dict[str, Any]):
 
     Args:
         entry: the optimizer's own tensors.
-        wait_for_snapshot: waits until no background checkpoint reads the tensors.
+        before_writing: prepares for a write to the tensors, which a background checkpoint may read.
     """
 
-    __slots__ = ("_wait_for_snapshot",)
+    __slots__ = ("_before_writing",)
 
     def __init__(
-        self, entry: Mapping[str, torch.Tensor], wait_for_snapshot: WeakMethod[Callable[[], None]]
+        self, entry: Mapping[str, torch.Tensor], before_writing: WeakMethod[Callable[[], None]]
     ) -> None:
         super().__init__(entry)
-        self._wait_for_snapshot = wait_for_snapshot
+        self._before_writing = before_writing
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[type, tuple[dict[str, Any]]]:
         """Copy and pickle as an OrderedDict, which `torch.load` accepts with `weights_only`."""
@@ -66,9 +66,9 @@ class StateEntry(dict[str, Any]):
             and value.device != own.device
             and value.shape == own.shape
         ):
-            wait = self._wait_for_snapshot()
-            if wait is not None:
-                wait()
+            prepare = self._before_writing()
+            if prepare is not None:
+                prepare()
             with torch.no_grad():
                 own.copy_(value)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 from offload_adam.coordinator.node_memory import check_node_memory
 from offload_adam.coordinator.rank_checks import raise_on_all_ranks
 from offload_adam.coordinator.ranks import RankGroup
+from offload_adam.fsdp_private import placement_of
+from offload_adam.kept.budget import kept_sizes
 from offload_adam.layout.budget import (
     NUM_REDUCE_SLOTS,
     NUM_STAGING_SLOTS,
@@ -33,10 +36,12 @@ from offload_adam.params.bucket import (
     rounding_places,
 )
 from offload_adam.params.selection import NewParameter
+from offload_adam.step.kept_steps import KeptSteps
 from offload_adam.step.update_pipeline import Worker
 from offload_adam.step.update_thread import UpdateThread
 from offload_adam.transfer.collectives import Collectives
 from offload_adam.transfer.streams import Streams, streams_for
+from offload_adam.version import __version__
 
 
 def is_device(device: torch.device) -> bool:
@@ -74,12 +79,18 @@ class Storage:
     backend: devices, threads and collectives.
     runtime: page-locks host memory; None to page-lock nothing.
     offload: the user's options for memory.
+    payload_nbytes: maximum bytes of `StepInputs.payload`.
+    kind, model: describe the optimizer and what is kept of the model: kept state of others is not
+        adopted.
     """
 
     policy: StatePolicy
     backend: Backend = Backend()
     runtime: CudaRuntime | None = None
     offload: OffloadPolicy = OffloadPolicy()
+    payload_nbytes: int = 0
+    kind: str = ""
+    model: str = ""
 
     def make_buffer(self, arenas: list[HostArena], nbytes: int) -> HostArena:
         """Allocate host memory for copies, page-locked if the policy says so, and append it.
@@ -124,11 +135,13 @@ class Built(NamedTuple):
     states: one for each bucket.
     arena: the host memory of the states.
     snapshot_buffer: host memory for a checkpoint's copies of the states; empty if not wanted.
+    kept: the file that `arena` is in, None if the state does not outlive the process.
     """
 
     states: list[BucketState]
     arena: HostArena
     snapshot_buffer: HostArena
+    kept: KeptSteps | None
 
 
 def build_states(
@@ -138,6 +151,7 @@ def build_states(
     first_bucket: int,
     touch: Touch | None,
     *,
+    kept_files: list[KeptSteps],
     buffer_nbytes: int = 0,
 ) -> Built:
     """Put parameters into buckets, and allocate and fill the buckets' state. Collective.
@@ -148,6 +162,7 @@ def build_states(
     Args:
         first_bucket: index of the first new bucket.
         touch: see `HostArena`.
+        kept_files: receives what the owner of the list closes, also after an error here.
         buffer_nbytes: maximum bytes of the snapshot buffer.
 
     Raises:
@@ -158,6 +173,8 @@ def build_states(
     needed: Counter[str] = Counter()
     for plan in plans:
         if plan.location.is_host:
+            if plan.keeps_parameters:
+                parts.append(plan.bucket.numel * plan.bucket.itemsize)
             of_planes = plane_nbytes(plan)
             parts += of_planes.values()
             needed.update(of_planes)
@@ -171,11 +188,27 @@ def build_states(
     buffer_nbytes = snapshot_buffer_nbytes(written, buffer_nbytes)
     if buffer_nbytes > 0:
         needed[Category.SNAPSHOT_BUFFER] = buffer_nbytes
+    kept: KeptSteps | None = None
+    if storage.policy.keeps:
+        identity = _identity_of(plans, new, ranks, storage)
+        sizes = kept_sizes(len(new), storage.payload_nbytes, arena_nbytes(parts))
+        kept = KeptSteps(ranks, storage.offload, identity, sizes)
+        kept_files.append(kept)
+        kept.find()  # an older file that cannot be used is deleted before memory is checked
+        needed[Category.KEPT_RECORDS] = sizes.overhead_nbytes
+        if kept.adopted:  # the file is in memory already
+            needed = Counter({Category.SNAPSHOT_BUFFER: buffer_nbytes})
     check_node_memory(ranks, needed, allow_overcommit=storage.offload.allow_overcommit)
     # Map and commit all host memory before the first parameter moves to a bucket: if memory is
     # short, no parameter has changed.
     with raise_on_all_ranks(ranks, "allocating its state"):
-        arena = HostArena(arena_nbytes(parts), parts=parts, touch=touch)
+        if kept is None:
+            arena = HostArena(arena_nbytes(parts), parts=parts, touch=touch)
+        else:
+            touch = None if kept.adopted else touch  # it writes zeros
+            file = kept.open(reserves=touch is None)
+            shared = file.mapping, file.arena_start
+            arena = HostArena(arena_nbytes(parts), parts=parts, touch=touch, shared=shared)
         snapshot_buffer = HostArena(buffer_nbytes)
     if storage.policy.pins_state and storage.runtime is not None:
         arena.pin_or_warn(
@@ -188,13 +221,49 @@ def build_states(
     states = []
     for plan in plans:
         items = [by_index[placed.parameter] for placed in plan.bucket.placements]
-        states.append(_build(plan, items, arena, ranks, storage))
+        fills = kept is None or not kept.adopted
+        states.append(_build(plan, items, arena, ranks, storage, fills=fills))
+        if kept is not None and plan.keeps_parameters:
+            flat = states[-1].flat
+            kept.parameters.append((flat.data_ptr(), flat.nbytes))
     for device in dict.fromkeys(item.local.device for item in new):
         if storage.backend.is_device(device):
             # The parameters were copied into flat buckets. Few later tensors fit their old blocks
             # in torch's cache, so return these blocks to the driver.
             storage.backend.empty_cache(device)
-    return Built(states, arena, snapshot_buffer)
+    return Built(states, arena, snapshot_buffer, kept)
+
+
+def _identity_of(
+    plans: Sequence[StatePlan],
+    new: Sequence[NewParameter],
+    ranks: RankGroup,
+    storage: Storage,
+) -> dict[str, str]:
+    """Return what must be the same for a later process to adopt this rank's state."""
+    parameters = [
+        (
+            item.name,
+            list(item.parameter.shape),
+            str(item.local.dtype),
+            item.group,
+            placement_of(item.parameter),
+        )
+        for item in new
+    ]
+    layout = [(plan.bucket, plan.location.name, plan.state, plan.gradient) for plan in plans]
+    return {
+        "version": __version__,
+        "optimizer": storage.kind,
+        "buffers of the model": _digest(storage.model),
+        "rank": f"{ranks.rank} of {ranks.world_size}",
+        "parameters (names, shapes, groups)": _digest(parameters),
+        "layout (dtypes, state_format, bucket_nbytes, devices)": _digest(layout),
+    }
+
+
+def _digest(value: object) -> str:
+    return sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def _build(
@@ -203,12 +272,21 @@ def _build(
     arena: HostArena,
     ranks: RankGroup,
     storage: Storage,
+    *,
+    fills: bool,
 ) -> BucketState:
-    """Flatten one bucket's parameters and fill its master weights from them."""
+    """Flatten one bucket's parameters and fill its master weights from them.
+
+    Args:
+        fills: False to leave what the arena holds.
+    """
     bucket = plan.bucket
     parameters = [item.parameter for item in items]
-    flat = flatten_parameters(bucket, items)
-    if bucket.numel > 0 and items[0].is_the_same_on_all_ranks:
+    memory = None
+    if plan.keeps_parameters:
+        memory = arena.allocate(bucket.numel, items[0].local.dtype)
+    flat = flatten_parameters(bucket, items, memory, copies=fills or memory is None)
+    if fills and bucket.numel > 0 and items[0].is_the_same_on_all_ranks:
         ranks.broadcast_data(flat)
     rank, _ = storage.partition_of(ranks)
     if items[0].shard is not None:
@@ -225,7 +303,7 @@ def _build(
         groups=np.array([item.group for item in items], dtype=np.int64),
         flat=flat,
         shard=shard,
-        planes=allocate_planes(plan, arena, shard),
+        planes=allocate_planes(plan, arena, shard, fills=fills),
         step_counts=torch.zeros(len(items), dtype=torch.float32, device="cpu"),
         scales=(
             torch.zeros(len(items), dtype=torch.float64, device="cpu")

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 # Set when the interpreter exits. `close` then logs no error about parameters that were not
 # gathered, because no code will read them.
-_exiting = threading.Event()
+EXITING = threading.Event()
 
 
 class Executor:
@@ -463,7 +463,7 @@ class Executor:
     def close(self) -> bool:
         """Let the worker finish its jobs and end; return whether it has ended. Idempotent."""
         has_ended = self._pipeline is None or self._pipeline.close()
-        if self._to_gather and not _exiting.is_set():
+        if self._to_gather and not EXITING.is_set():
             logger.error(
                 "The optimizer was dropped before all parameters were gathered, so they now differ "
                 "between ranks. Call synchronize() or close() before you drop it."
@@ -536,8 +536,8 @@ class Executor:
 
 @functools.cache
 def _notice_exit() -> None:
-    """Set `_exiting` when the interpreter exits, before optimizers are finalized."""
+    """Set `EXITING` when the interpreter exits, before optimizers are finalized."""
     # atexit runs callbacks in reverse order of registration. `weakref.finalize` registers its own
     # callback with the process's first finalizer, and an optimizer creates a finalizer before its
     # executor. So this callback runs before all finalizers.
-    atexit.register(_exiting.set)
+    atexit.register(EXITING.set)

@@ -14,6 +14,7 @@ from offload_adam.layout.flat import BLOCK_NUMEL
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.elements import as_integers
 from offload_adam.params.selection import NewParameter
+from offload_adam.step.kept_steps import KeptSteps
 from offload_adam.step.snapshot_lock import SnapshotLock
 from offload_adam.step.version_watch import VersionWatch
 from offload_adam.torch_private import NO_GRAPH_TASK, current_graph_task
@@ -188,6 +189,7 @@ class ExternalEdits:
         places: Sequence[tuple[int, int]],
         snapshot_lock: SnapshotLock,
     ) -> None:
+        self.kept: KeptSteps | None = None  # records that a write makes invalid
         self._ranks = ranks
         self.snapshot_lock = snapshot_lock
         self._watch = VersionWatch(module)
@@ -305,6 +307,10 @@ class ExternalEdits:
         """Return a checksum of these parameters; see `VersionWatch.checksum`."""
         return self._watch.checksum(changed)
 
+    def writes_masters(self, changed: Sequence[int]) -> bool:
+        """Return whether `sync` may write: some of these parameters have a master weight apart."""
+        return any(not self._states[self._places[index][0]].own_master for index in changed)
+
     def sync(self, changed: Sequence[int]) -> None:
         """Set the masters of these parameters to the values that the user wrote."""
         if changed:
@@ -321,6 +327,8 @@ class ExternalEdits:
         """Sync all masters with their parameters, after writes that moved no version counter."""
         self.snapshot_lock.note_changes([state.layout.index for state in self._states])
         self.snapshot_lock.wait_until_all_free()
+        if self.kept is not None:
+            self.kept.before_writing()
         for state in self._states:
             sync_master(state, range(len(state.parameters)))
         self._watch.accept_versions()
@@ -360,6 +368,12 @@ class ExternalEdits:
             # The reader copies device buckets on another stream, which does not wait for this one.
             torch.cuda.current_stream(device).synchronize()
         self.snapshot_lock.acquire_buckets(buckets)
+
+    def before_writing(self) -> None:
+        """Prepare for writes to the state outside of a step, such as by a load."""
+        self.wait_for_snapshot()
+        if self.kept is not None:
+            self.kept.before_writing()
 
     def wait_for_snapshot(self) -> None:
         """Wait until the reader has released all buckets; check for external edits before."""

@@ -25,6 +25,7 @@ from offload_adam.gradients.whole import (
     needs_preparation,
     prepare_gradient,
 )
+from offload_adam.kept.file import KeptFile
 from offload_adam.kernels import threads
 from offload_adam.kernels.codes import MOST_LOST_OCTAVES, SQ_MAX_EXPONENT, SQ_MIN_EXPONENT
 from offload_adam.kernels.formats import FloatFormat
@@ -35,6 +36,11 @@ from offload_adam.layout.flat import Segment, align
 from offload_adam.layout.state_plan import FLOAT32_NBYTES
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.elements import FORMATS, bits_of
+from offload_adam.step.kept_launches import (
+    KeptLaunches,
+    launch_number,
+    reject_unkept,
+)
 from offload_adam.step.messages import Launches, UpdateInputs, UpdatePart, count_step
 
 # Numba's workqueue layer aborts the process if two threads launch kernels at once, as the threads
@@ -71,6 +77,11 @@ class HostUpdate:
         self._folds: set[tuple[torch.dtype, torch.dtype]] = set()
         self._block_sums = np.zeros(0, dtype=np.float64)
         self._whole_gradient = torch.zeros(0, dtype=torch.float32, device="cpu")
+        self._kept: KeptLaunches | None = None
+
+    def keep(self, file: KeptFile) -> None:
+        """Record in a file how far each update has come, from now on."""
+        self._kept = KeptLaunches(file)
 
     @property
     def nbytes(self) -> Mapping[str, int]:
@@ -114,6 +125,8 @@ class HostUpdate:
 
     def allocate_for(self, state: BucketState, gradients: BucketGradients, *, lazy: bool) -> None:
         """Compile kernels and allocate memory for this step's sparse gradients."""
+        if self._kept is not None:
+            reject_unkept(state, gradients)
         if gradients.rows and lazy:
             if state.scales is not None:
                 names = [state.names[position] for position in gradients.rows]
@@ -150,7 +163,11 @@ class HostUpdate:
     def _compile_update(self, state: BucketState, gradient_format: FloatFormat) -> None:
         amsgrad = state.planes.max_exp_avg_sq is not None
         self._adam.compile_kernel(
-            gradient_format, _param_format(state), amsgrad, **_kernel_formats(state)
+            gradient_format,
+            _param_format(state),
+            amsgrad,
+            **_kernel_formats(state),
+            keeps=self._kept is not None,
         )
 
     def fold(self, shard: torch.Tensor, source: torch.Tensor, *, adds: bool) -> None:
@@ -232,8 +249,10 @@ class HostUpdate:
         rows, scalars = inputs.scalar_rows(state, counts, plain)
         places, scales = _places_at(state, counts, active, inputs.hyperparameters)
 
-        def launch_of(table: SegmentTable) -> Callable[[], None]:
-            return self._launch_of(state, table, rows[table.positions], scalars, places, param_out)
+        def launch_of(table: SegmentTable, part: int = 0) -> Callable[[], None]:
+            number = launch_number(inputs.sequence, state.layout.index, part)
+            used = rows[table.positions]
+            return self._launch_of(state, table, used, scalars, places, param_out, number)
 
         def update_prepared(segment: Segment) -> None:
             step = int(counts[segment.position])
@@ -248,8 +267,8 @@ class HostUpdate:
         else:
             cuts = [align(numel * part // num_parts) for part in range(num_parts + 1)]
             parts = [
-                UpdatePart(start, end, launch_of(tables[0].between(start, end)))
-                for start, end in pairwise(cuts)
+                UpdatePart(start, end, launch_of(tables[0].between(start, end), part))
+                for part, (start, end) in enumerate(pairwise(cuts))
             ]
         return Launches(parts, partial(count_step, state, counts, scales))
 
@@ -261,18 +280,28 @@ class HostUpdate:
         scalars: npt.NDArray[np.float32],
         places: npt.NDArray[np.int64] | None,
         param_out: torch.Tensor | None,
+        number: int = 0,
     ) -> Callable[[], None]:
         """Return a function that updates the table's segments in one launch.
 
         Args:
             rows: (num segments,) the row of `scalars` that each segment uses.
             places: (num parameters, NUM_COLUMNS) from `_places_at`.
+            number: of the launch, if the state is kept.
         """
         planes = state.planes
         largest, remainder = planes.max_exp_avg_sq, planes.master_remainder
         if places is not None:
             places = places[table.positions]
             places[:, LOCAL_START] += table.skipped
+        arrays = (
+            bits_of(planes.master_weight),
+            None if remainder is None else remainder.numpy(),
+            bits_of(planes.exp_avg),
+            bits_of(planes.exp_avg_sq),
+            None if largest is None else largest.numpy(),
+        )
+        exponents = None if planes.exponents is None else planes.exponents.numpy()
         update = partial(
             self._adam.update,
             table.gradient_format,
@@ -281,20 +310,20 @@ class HostUpdate:
             table.work_starts(),
             rows,
             scalars,
-            bits_of(planes.master_weight),
-            None if remainder is None else remainder.numpy(),
-            bits_of(planes.exp_avg),
-            bits_of(planes.exp_avg_sq),
-            None if largest is None else largest.numpy(),
+            *arrays,
             None if param_out is None else bits_of(param_out),
-            None if planes.exponents is None else planes.exponents.numpy(),
+            exponents,
             places,
         )
-        numel = int(table.numels.sum())
+        numel, kept = int(table.numels.sum()), self._kept
 
         def launch() -> None:
             with _launching:
-                update(self._use_threads(numel))
+                num_pieces = self._use_threads(numel)
+                if kept is None:
+                    update(num_pieces)
+                else:
+                    kept.run(number, num_pieces, update, (*arrays, exponents))
 
         return launch
 

@@ -40,6 +40,7 @@ class StepInputs:
     factor: the factor that the user or clipping applied to the stand-ins in `.grad`.
     multiplied: indices of the parameters whose stand-ins were multiplied by `factor`.
     call: name of the running call, which must be the same on all ranks.
+    payload: what is kept with the step besides state and inputs, see `KeptSteps`.
     """
 
     hyperparameters: Sequence[Hyperparameters]
@@ -54,6 +55,7 @@ class StepInputs:
     factor: float = 1.0
     multiplied: Collection[int] = ()
     call: str = "step()"
+    payload: bytes = b""
 
     def checksum(self) -> int:
         """Return a checksum of the fields that must be the same on all ranks."""
@@ -127,6 +129,7 @@ class UpdateInputs:
         updates.
     lazy: a sparse gradient updates only the rows that it has entries for.
     largest_gradient: no gradient element times `gradient_scale` is larger.
+    sequence: number of the step in the records of `KeptSteps`, from 1 on; 0 without records.
     """
 
     active: npt.NDArray[np.bool_]
@@ -135,6 +138,7 @@ class UpdateInputs:
     step: int | None = None
     lazy: bool = False
     largest_gradient: float = math.inf
+    sequence: int = 0
 
     def counts_after(
         self, state: BucketState, active: npt.NDArray[np.bool_]

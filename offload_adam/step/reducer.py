@@ -24,6 +24,7 @@ from offload_adam.layout.state_plan import StatePolicy
 from offload_adam.params.bucket import BucketState
 from offload_adam.step.accumulators import Accumulators
 from offload_adam.step.executor import Executor
+from offload_adam.step.kept_steps import KeptSteps
 from offload_adam.transfer.stream_waits import StreamWaits
 
 _grad = attrgetter("grad")
@@ -85,11 +86,14 @@ class GradientReduction:
         accepts_sparse: bool = False,
         streamed: StreamedGradients | None = None,
     ) -> None:
+        self.kept: KeptSteps | None = None  # records that new gradients may make invalid
         self._streamed = streamed
         self._ranks = ranks
         self._averages = policy.averages
         self.streams = streamed is not None
         self._plans_sums = policy.accumulates
+        # State that is kept is allocated at construction, so "auto" allows no sums.
+        self._remedy = "host" if policy.keeps else "auto"
         self._accumulators = accumulators
         self._rows = RowExchange(ranks) if accepts_sparse and self._averages else None
         # Whether all ranks compare their numbers of rounds in each step, a small collective. With
@@ -377,7 +381,7 @@ class GradientReduction:
             raise ValueError(
                 f"The gradient of parameter {name!r} has already been reduced in this step, and "
                 "this backward produced another one. Run all but the last backward of a step "
-                "inside no_sync(), or construct the optimizer with accumulate='auto'."
+                f"inside no_sync(), or construct the optimizer with accumulate={self._remedy!r}."
             )
         self.backward_ended()
         self._open_round()
@@ -416,6 +420,8 @@ class GradientReduction:
     @torch.no_grad()
     def _send_next(self) -> None:
         """Take the next bucket's gradients out of `.grad`, and start their reduction or copy."""
+        if self.kept is not None:
+            self.kept.before_gradients()
         number = self._next
         self._next = number + 1
         self._shows_stand_ins = self.streams

@@ -32,10 +32,11 @@ from offload_adam.step.absence import AbsenceWatch
 from offload_adam.step.accumulators import Accumulators
 from offload_adam.step.build import Storage, build_states
 from offload_adam.step.device_update import DeviceUpdate
-from offload_adam.step.executor import Executor
+from offload_adam.step.executor import EXITING, Executor
 from offload_adam.step.external_edits import ExternalEdits
 from offload_adam.step.forward_waits import ForwardHooks
 from offload_adam.step.host_update import HostUpdate
+from offload_adam.step.kept_steps import KeptSteps
 from offload_adam.step.ledger import LedgerEntry, bucket_entries
 from offload_adam.step.messages import (
     Decision,
@@ -126,6 +127,8 @@ class ShardedAdam:
         self.states: list[BucketState] = []
         self._state_nbytes = 0
         self._storage = storage
+        self.kept: KeptSteps | None = None
+        self._kept_files: list[KeptSteps] = []
         self.overlaps = overlaps
         self._num_threads = num_threads
         self._on_device = on_device
@@ -176,7 +179,7 @@ class ShardedAdam:
             self.external_edits.after_update,
         )
         self.stream_waits.wait_for_update = self.executor.wait_for_update
-        self.resources.callback(_release, self.executor, self.arenas)
+        self.resources.callback(_release, self.executor, self.arenas, self._kept_files)
         policy = storage.policy
         self._accumulators = Accumulators(
             ranks,
@@ -215,17 +218,24 @@ class ShardedAdam:
         Raises:
             HostMemoryError: memory is short; the optimizer is unchanged.
         """
+        if self.kept is not None:
+            raise ValueError(
+                "With keep='shared', the constructor must get all parameters, and they must "
+                "require a gradient there: those that come later are not kept. Construct the "
+                "optimizer again with them, or pass keep='none'."
+            )
         # Copies and updates in flight may use the slots and buffers that are allocated again below.
         self.executor.finish_copies(wait=True)
         self.executor.finish_updates()
         # On one NUMA node it does not matter which thread touches a page first.
         touch = self._touch_host if spans_nodes() else None
-        states, arena, buffer = build_states(
+        states, arena, buffer, kept = build_states(
             new,
             self.ranks,
             self._storage,
             len(self.states),
             touch,
+            kept_files=self._kept_files,
             buffer_nbytes=self._storage.offload.snapshot_buffer_nbytes
             - self.snapshot_lock.buffer_nbytes,
         )
@@ -241,6 +251,10 @@ class ShardedAdam:
         self.transfer.allocate(all_states, schedule)
         self.tasks.reserve(all_states, schedule)
         self._rings.allocate()
+        if kept is not None:
+            self.kept = self.external_edits.kept = self.reduction.kept = kept
+            assert kept.file is not None
+            self._use_host_update().keep(kept.file)
         with PROGRESS.at("compilation", long_running=True):
             on_host = [state for state in states if state.plan.location.is_host]
             if on_host:
@@ -289,6 +303,7 @@ class ShardedAdam:
             Category.ACCUMULATORS: self._accumulators.host_nbytes,
             Category.STAGING: self._rings.staging_nbytes + self.transfer.host_nbytes,
             Category.SNAPSHOT_BUFFER: self.snapshot_lock.buffer_nbytes,
+            Category.KEPT_RECORDS: 0 if self.kept is None else self.kept.overhead_nbytes,
             **update,
         }
 
@@ -437,38 +452,42 @@ class ShardedAdam:
         # 3. Decide from the agreement alone, so that all ranks decide the same.
         decision = decide(agreement, inputs.max_norm, inputs.factor)
         non_finite = self._names_of_non_finite(agreement) if decision.skip else ()
-        num_updated = 0
-        if not decision.skip:
-            # 4. Update bucket by bucket, in the order in which the next forward needs them.
-            num_updated = self._apply(inputs, agreement, changed, decision, stopwatch)
-        self._finish_step(agreement)
-        return StepReport(
+        present = agreement.present_counts.numpy() > 0
+        report = StepReport(
             decision.total_norm,
             decision.clip_factor,
             decision.skip,
-            num_updated,
+            0 if decision.skip else int(present.sum()),
             non_finite,
-            _added(background, stopwatch.elapsed_s),
-            agreement.notice,
+            notice=agreement.notice,
         )
+        sequence = 0
+        if self.kept is not None:
+            sequence = self.kept.decide(
+                decision, present, report, edited=self.external_edits.writes_masters(changed)
+            )
+        if not decision.skip:
+            # 4. Update bucket by bucket, in the order in which the next forward needs them.
+            self._apply(inputs, present, changed, decision, sequence, stopwatch)
+        self._finish_step(agreement)
+        return replace(report, timings=_added(background, stopwatch.elapsed_s))
 
     def _apply(
         self,
         inputs: StepInputs,
-        agreement: Agreement,
+        present: npt.NDArray[np.bool_],
         changed: Sequence[int],
         decision: Decision,
+        sequence: int,
         stopwatch: Stopwatch,
-    ) -> int:
+    ) -> None:
         """Start the updates, on the update thread if there is one.
 
         Args:
+            present: (num parameters,) bool, those with a gradient on any rank.
             changed: indices of the parameters that the user modified.
-
-        Returns:
-            How many parameters are updated: those with a gradient on any rank.
+            sequence: see `UpdateInputs`.
         """
-        present = agreement.present_counts.numpy() > 0
         active = present.copy()
         for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
             if state.local_shard is not None and state.local_shard.is_distinct:
@@ -485,11 +504,13 @@ class ShardedAdam:
             inputs.step,
             inputs.lazy,
             decision.largest_gradient,
+            sequence,
         )
         self.is_half_applied = True  # stays True if an error or Ctrl-C ends `apply` early
         self.executor.apply(self.reduction.gradients, update_inputs, stopwatch)
         self.is_half_applied = False
-        return int(present.sum())
+        if self.kept is not None:
+            self.kept.is_applied = True
 
     def _finish_step(self, agreement: Agreement) -> None:
         """Prepare for the next backward and forward."""
@@ -626,6 +647,8 @@ class ShardedAdam:
                 found.present[state.indices] = gradients.present
                 update = self._updates[state.layout.index]
                 update.allocate_for(state, gradients, lazy=inputs.lazy)
+            if self.kept is not None:
+                self.kept.prepare(inputs, self.states, self.num_steps)
             if inputs.factor != 1.0:
                 reject_partly_multiplied(inputs, found.present, self._names)
             with stopwatch.span("norm"):
@@ -726,12 +749,15 @@ class ShardedAdam:
         return tuple(self._names[index] for index in torch.nonzero(flags).flatten().tolist())
 
 
-def _release(executor: Executor, arenas: Sequence[HostArena]) -> None:
-    """End the executor, then unpin and drop the arenas that its updates used."""
+def _release(
+    executor: Executor, arenas: Sequence[HostArena], kept_files: Sequence[KeptSteps]
+) -> None:
+    """End the executor, then unpin and drop the arenas and files that its updates used."""
     if executor.runs_here():
         # The garbage collector has finalized the optimizer on one of its own threads, which cannot
         # wait for itself: its jobs are not over.
-        threading.Thread(target=_release, args=(executor, arenas), daemon=True).start()
+        arguments = executor, arenas, kept_files
+        threading.Thread(target=_release, args=arguments, daemon=True).start()
         return
     has_ended = False  # stays False if `close` is interrupted
     try:
@@ -739,6 +765,8 @@ def _release(executor: Executor, arenas: Sequence[HostArena]) -> None:
     finally:
         if has_ended:
             close_all(arenas)
+            for kept in kept_files:
+                kept.close(copies=not EXITING.is_set())  # at exit no code will read them
         else:
             # Do not free the arenas: the running update would write to addresses that other code
             # may have mapped by then, and the device would copy from memory that is not pinned.

@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,6 +60,21 @@ def test_gradients_that_are_packed_for_their_copy_give_the_bits_of_the_cpu(
     train(model, optimizer, range(NUM_STEPS), "cuda")
     assert_same_bits(bits(model, optimizer), expected)
     optimizer.close()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("pin", ["all", "none"])
+def test_kept_state_continues_with_the_bits_of_the_cpu(
+    expected: list[dict[str, torch.Tensor]], overlap: bool, pin: str, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"keep": "shared", "keep_path": str(tmp_path), "pin": pin}
+    for steps in (range(NUM_STEPS // 2), range(NUM_STEPS // 2, NUM_STEPS)):
+        model, optimizer = make("cuda", overlap=overlap, **options)
+        assert (optimizer.resumed_step is None) == (steps.start == 0)
+        train(model, optimizer, steps, "cuda")
+        found = bits(model, optimizer)
+        optimizer.close()
+    assert_same_bits(found, expected)
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -93,7 +93,7 @@ def test_the_ranks_share_what_is_declared_as_shared() -> None:
     facts = dict(shared_fields(options, execution))
     assert facts["gradient_reduction"] == "optimizer"
     shared = {"max_grad_norm", "reduce_dtype", "state_format", "accumulate"}
-    shared |= {"bucket_nbytes", "offload_fraction"}
+    shared |= {"bucket_nbytes", "offload_fraction", "keep", "resume_kept"}
     assert {declared.name for declared in DECLARED if declared.shared} == shared
     expected = {"max_grad_norm": "0.5", "bucket_nbytes": "7", "offload_fraction": "0.5"}
     assert facts.items() >= expected.items()

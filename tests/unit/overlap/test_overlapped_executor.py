@@ -355,7 +355,7 @@ def test_an_optimizer_that_one_of_its_threads_drops_is_released_after_its_update
     tasks = RecordedTasks((OFFLOADED,) * NUM_BUCKETS)
     executor, _ = begin(threads, tasks)
     assert tasks.done[NUM_BUCKETS:] == []
-    release = partial(_release, executor, cast(Any, [Arena()]))
+    release = partial(_release, executor, cast(Any, [Arena()]), [])
     job = threads[dropped_on].submit("a job that collects garbage", release)
     may_run.set()
     assert job.wait(60.0)
