@@ -44,6 +44,7 @@ def find_conflicts(config: RunConfig) -> Iterator[tuple[str, str, str]]:
         yield from _adam_conflicts(optimizer, config.schedule)
     if config.parallel is not None:
         yield from _parallel_conflicts(config, config.parallel)
+    yield from _keep_conflicts(config)
 
 
 def _needs(key: str, other: str, value: str, reason: str) -> tuple[str, str, str]:
@@ -68,6 +69,23 @@ def _low_precision_conflicts(config: RunConfig) -> Iterator[tuple[str, str, str]
     if config.memory.offload_fraction < 1.0:
         key = "memory.offload_fraction"
         yield "optimizer.state_format", key, f"needs {key}: 1.0, {on_device}"
+
+
+def _keep_conflicts(config: RunConfig) -> Iterator[tuple[str, str, str]]:
+    """Yield the options that kept state cannot be combined with."""
+    memory, optimizer = config.memory, config.optimizer
+    if memory.keep == "none":
+        if memory.keep_path is not None:
+            problem = "has no effect without memory.keep: shared: set it, or remove this key"
+            yield "memory.keep_path", "memory.keep", problem
+        return
+    problem = "since only state in host memory outlives the process"
+    if memory.offload_fraction < 1.0:
+        key = "memory.offload_fraction"
+        yield "memory.keep", key, f"needs {key}: 1.0, {problem}"
+    if isinstance(optimizer, AdamSection) and not optimizer.use_offload:
+        key = "optimizer.use_offload"
+        yield "memory.keep", key, f"needs {key}: true, {problem}"
 
 
 def _parallel_conflicts(

@@ -130,7 +130,12 @@ class ScheduleSection(Section):
 
 # mypy does not accept a base class that a function returns.
 class MemorySection(keys_of("memory")):  # type: ignore[misc]
-    """Where the optimizer state is stored, and which host memory is pinned."""
+    """Where the optimizer state is stored, and which host memory is pinned.
+
+    With `keep: shared`, a killed run that is started again on the same nodes completes the step
+    that was decided last, and continues. By default, `keep_path` is a folder in /dev/shm of this
+    user and this run. See docs/kept_state.md.
+    """
 
 
 class CoordinatorSection(keys_of("coordinator")):  # type: ignore[misc]
@@ -173,9 +178,9 @@ class CheckpointSection(Section):
     If a checkpoint cannot be written, the run continues without it, unless checkpoints are
     `required`: then the run ends with an error.
 
-    `resume: auto` resumes from the newest intact checkpoint in the run's folder. `never` begins at
-    the first step. A path resumes from that checkpoint. A run that torchrun restarts always resumes
-    from its newest checkpoint.
+    `resume: auto` resumes from the newest intact checkpoint in the run's folder, or from state that
+    `memory.keep` has kept if that is not older. `never` begins at the first step. A path resumes
+    from that checkpoint. A run that torchrun restarts always resumes as with `auto`.
     """
 
     every: CountOrZero = 0

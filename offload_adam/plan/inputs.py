@@ -40,6 +40,7 @@ class Training:
     gathered_nbytes: of the layers that FSDP2 has gathered and the gradients that it averages.
     gathers_on_device: the layers are gathered on a GPU, also if the parts are on the host.
     offload: where state is stored, the bucket size, what is pinned, and the snapshot buffer.
+    buffers_nbytes: of the model's persistent buffers, which kept state has for each step.
     saves: checkpoints are written.
     num_tokens: tokens of one rank in a step, over all microbatches; None if unknown.
     """
@@ -60,6 +61,7 @@ class Training:
     gathered_nbytes: int = 0
     gathers_on_device: bool = False
     offload: OffloadPolicy = OffloadPolicy()
+    buffers_nbytes: int = 0
     saves: bool = False
     num_tokens: int | None = None
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from offload_adam.kept.budget import kept_sizes, payload_nbytes
 from offload_adam.layout.budget import (
     CHECKPOINT_BLOCK_NBYTES,
     NUM_FOLD_BUFFERS,
@@ -85,12 +86,26 @@ def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
     host[Category.SNAPSHOT_BUFFER] = snapshot_buffer_nbytes(
         plans, training.offload.snapshot_buffer_nbytes
     )
+    if training.policy.keeps:
+        host[Category.KEPT_RECORDS] = _kept_records(specs, plans, training)
     if training.on_device and training.saves:
         # Parameters on a device are written through a buffer; host memory is written in place.
         host[Category.CHECKPOINT_WRITER] = CHECKPOINT_BLOCK_NBYTES
     gathering = device if training.gathers_on_device else host
     gathering[Category.GATHERED] += training.gathered_nbytes
     return Prediction(dict(+host), dict(+device), len(plans))
+
+
+def _kept_records(
+    specs: Sequence[ParameterSpec], plans: Sequence[StatePlan], training: Training
+) -> int:
+    """Return the bytes of the file of kept state besides state, gradients and parameters."""
+    in_file = sum(
+        sum(plane_nbytes(plan).values())
+        + plan.keeps_parameters * plan.bucket.numel * plan.bucket.itemsize
+        for plan in plans
+    )
+    return kept_sizes(len(specs), payload_nbytes(training.buffers_nbytes), in_file).overhead_nbytes
 
 
 def _gradients(plans: Sequence[StatePlan], training: Training) -> int:

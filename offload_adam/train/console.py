@@ -26,10 +26,15 @@ def describe(record: StepRecord) -> str:
         f"loss {record.loss:.4f}",
         f"lr {record.lr:.2e}",
         f"norm {record.grad_norm:.3f}",
-        f"{record.tokens_per_s:,.0f} tokens/s",
-        f"{record.step_ms:.0f} ms",
-        f"({split})",
     ]
+    if record.is_resumed:
+        figures.append("completed from kept state")
+    else:
+        figures += [
+            f"{record.tokens_per_s:,.0f} tokens/s",
+            f"{record.step_ms:.0f} ms",
+            f"({split})",
+        ]
     if record.val_loss is not None:
         figures.append(f"validation loss {record.val_loss:.4f}")
     if record.skipped:
@@ -100,9 +105,10 @@ def summary_table(totals: RunTotals, bigram_loss: float, folder: Path) -> Table:
     table.add_row("steps (of these skipped)", f"{totals.num_steps} ({totals.num_skipped})")
     seconds = totals.total_ms / 1e3
     table.add_row("time in steps", f"{seconds:.1f} s")
-    table.add_row(
-        "throughput", f"{totals.num_steps * totals.tokens_per_step / seconds:,.0f} tokens/s"
-    )
+    if totals.num_steps > 0:  # none if only a step's end was left, after a resume from kept state
+        table.add_row(
+            "throughput", f"{totals.num_steps * totals.tokens_per_step / seconds:,.0f} tokens/s"
+        )
     table.add_section()
     for phase, total_ms in totals.timings_ms.items():
         share = total_ms / totals.total_ms

@@ -24,13 +24,19 @@ from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.rank_checks import require_same
 from offload_adam.coordinator.shutdown import EndingGuard, preemptible
 from offload_adam.coordinator.startup import COLLECTIVE_TIMEOUT, World, final, joined_world
-from offload_adam.errors import CheckpointError, HostMemoryError, RankDisagreementError
+from offload_adam.errors import (
+    CheckpointError,
+    HostMemoryError,
+    KeptStateError,
+    RankDisagreementError,
+)
 from offload_adam.kernels.threads import ThreadSettingsError, cores_per_rank
 from offload_adam.mindspore.adam import Adam
 from offload_adam.optimizer import OffloadAdam
 from offload_adam.sinks.sink import reject_missing_extras
 from offload_adam.train.console import StepDisplay, print_line, summary_table
 from offload_adam.train.data import Corpus, bigram_loss, load_corpus
+from offload_adam.train.kept import may_resume_kept, resume_kept
 from offload_adam.train.loop import Job, run_steps
 from offload_adam.train.model import build_model, find_factory
 from offload_adam.train.observation import opened_sinks
@@ -38,6 +44,7 @@ from offload_adam.train.optimizer import build_optimizer, build_schedule, failur
 from offload_adam.train.profiler import profiled_job
 from offload_adam.train.records import RunTotals
 from offload_adam.train.run_folder import (
+    has_record,
     locked_run_folder,
     open_run_folder,
     require_writable,
@@ -95,11 +102,11 @@ def run_job(config: RunConfig, console: Console | None = None) -> Outcome:
         schedule = build_schedule(optimizer, config)
         job = Job(config, world, corpus, model, parallel_model, optimizer, schedule, preemption)
         with final(CheckpointError, ConfigError):  # a restart would raise them again
-            job = resume(job)
+            job = resume(job) if optimizer.resumed_step is None else resume_kept(job)
             require_shared_folder(job)
         last_step = job.first_step - 1
         saver = CheckpointSaver(job, require_held)
-        if last_step >= config.train.num_steps:
+        if not job.steps:
             if world.rank == 0:
                 logger.info(
                     "Nothing to do: the run is at step %d, and train.num_steps is %d",
@@ -113,7 +120,11 @@ def run_job(config: RunConfig, console: Console | None = None) -> Outcome:
                 for record in run_steps(job, saver):
                     last_step = record.step
         preempted = last_step < config.train.num_steps
-        return Outcome(last_step, preempted, checkpoint_path(config, last_step).is_dir())
+        saved = checkpoint_path(config, last_step).is_dir()
+        is_over = last_step == config.train.num_steps and config.checkpoint.every == 0
+        if not preempted and (saved or is_over):
+            optimizer.discard_kept()
+        return Outcome(last_step, preempted, saved)
 
 
 @contextmanager
@@ -201,7 +212,7 @@ def _assembled(
     Raises:
         ConfigError: Numba cannot start its threads as set in the environment.
     """
-    with final(TypeError, ValueError, RankDisagreementError, HostMemoryError):
+    with final(TypeError, ValueError, RankDisagreementError, HostMemoryError, KeptStateError):
         # What must be the same on all ranks before they build the optimizer.
         fields: list[tuple[str, str]] = []
         for section, values in config.model_dump(mode="json").items():
@@ -209,9 +220,10 @@ def _assembled(
             fields += [(f"{section}.{key}", json.dumps(value)) for key, value in present.items()]
         fields.append(("the data", corpus.description))
         require_same(world.ranks, "configuration", fields)
+        resumes_kept = may_resume_kept(config, world.ranks)
         parallel_model = _distributed(config, world, model)
         try:
-            optimizer = build_optimizer(config, parallel_model)
+            optimizer = build_optimizer(config, parallel_model, resumes_kept=resumes_kept)
         except ThreadSettingsError as error:
             raise ConfigError.at("environment", str(error)) from error
     with closing(optimizer):
@@ -272,12 +284,15 @@ def _train_and_report(
     ):
         metrics: TextIO | None = None
         for record in run_steps(job, saver):
+            is_written = record.is_resumed and has_record(config, record)
             if metrics is None:
                 # Only now, so that a run whose first step fails leaves an earlier run's files as
                 # they are.
-                metrics = opened.enter_context(open_run_folder(config, job.first_step - 1))
+                last_step = record.step if is_written else record.step - 1
+                metrics = opened.enter_context(open_run_folder(config, last_step))
             require_held()
-            metrics.write(record.to_json() + "\n")
+            if not is_written:
+                metrics.write(record.to_json() + "\n")
             totals.add(record)
             if speed is not None:
                 speed.add(record)

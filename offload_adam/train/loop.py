@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +31,7 @@ from offload_adam.spans import Stopwatch, span
 from offload_adam.train.data import Batch, Corpus, sample_batch
 from offload_adam.train.model import evaluate, next_token_loss
 from offload_adam.train.records import StepRecord
+from offload_adam.train.run_state import describe_kept
 
 if TYPE_CHECKING:
     from offload_adam.train.saving import CheckpointSaver
@@ -43,6 +47,8 @@ class Job:
     first_step: the first step of this process, counted from 1; above 1 if the run was resumed.
     first_sample: number of samples that all ranks together have seen before `first_step`.
     resumed_from: the checkpoint from which the run was resumed.
+    resumed_loss: this rank's loss of the step before `first_step`, 0-d, if the optimizer has
+        completed its update from kept state. What follows the update is then still to be done.
     """
 
     config: RunConfig
@@ -56,6 +62,18 @@ class Job:
     first_step: int = 1
     first_sample: int = 0
     resumed_from: Path | None = None
+    resumed_loss: torch.Tensor | None = None
+
+    @property
+    def steps(self) -> range:
+        """The steps of this process, with the one that was resumed from kept state."""
+        first = self.first_step - (self.resumed_loss is not None)
+        return range(first, self.config.train.num_steps + 1)
+
+    @cached_property
+    def config_text(self) -> str:
+        """The configuration as JSON, which is kept with each step."""
+        return json.dumps(self.config.model_dump(mode="json"))
 
     @property
     def samples_per_step(self) -> int:
@@ -83,7 +101,7 @@ def run_steps(job: Job, saver: CheckpointSaver) -> Iterator[StepRecord]:
     checkpoint.
     """
     train, every = job.config.train, job.config.checkpoint.every
-    for step in range(job.first_step, train.num_steps + 1):
+    for step in job.steps:
         with span(STEP, step):
             record = _run_step(job, step)
         if step == train.num_steps or (train.eval_every and step % train.eval_every == 0):
@@ -96,7 +114,9 @@ def run_steps(job: Job, saver: CheckpointSaver) -> Iterator[StepRecord]:
         stops = outcome is not None and outcome.notice.stop
         is_last = stops or step == train.num_steps
         saver.commit_written()
-        if stops or (every > 0 and (is_last or step % every == 0)):
+        is_due = stops or (every > 0 and (is_last or step % every == 0))
+        # The process that began a resumed step may also have written its checkpoint.
+        if is_due and not (step < job.first_step and saver.is_saved(step)):
             with span("checkpoint"):
                 saver.save(step, last=is_last)
         if stops:
@@ -104,16 +124,23 @@ def run_steps(job: Job, saver: CheckpointSaver) -> Iterator[StepRecord]:
 
 
 def _run_step(job: Job, step: int) -> StepRecord:
-    """Run one optimizer step and return its record."""
+    """Run one optimizer step, or what is left of a resumed one, and return its record."""
     start_s = time.perf_counter()
     watch = Stopwatch()
-    PROGRESS.begin_step(job.optimizer.num_steps + 1)
-    with job.world.ranks.naming_failures():
-        loss = _accumulate_gradients(job, step, watch)
-    job.optimizer.notice = Notice(stop=job.preemption.is_requested)
-    with watch.span("step"):
-        job.optimizer.step()
-        job.optimizer.zero_grad()
+    is_resumed = step < job.first_step
+    if is_resumed:
+        assert job.resumed_loss is not None
+        loss = job.resumed_loss
+    else:
+        PROGRESS.begin_step(job.optimizer.num_steps + 1)
+        with job.world.ranks.naming_failures():
+            loss = _accumulate_gradients(job, step, watch)
+        job.optimizer.notice = Notice(stop=job.preemption.is_requested)
+        if job.config.memory.keep != "none":
+            job.optimizer.kept_extra = describe_kept(job, step, loss)
+        with watch.span("step"):
+            job.optimizer.step()
+            job.optimizer.zero_grad()
     # Read after step(), which sets the rate of Adam's own schedule, and before our schedule's step.
     lr = job.optimizer.param_groups[0]["lr"]
     with watch.span("loss"):
@@ -123,7 +150,8 @@ def _run_step(job: Job, step: int) -> StepRecord:
     # A skipped step updates nothing and does not count for the bias correction, nor for the rate.
     if not outcome.skipped and job.schedule is not None:
         job.schedule.step()
-    step_ms = (time.perf_counter() - start_s) * 1e3
+    # Most of a resumed step has run in an earlier process.
+    step_ms = math.nan if is_resumed else (time.perf_counter() - start_s) * 1e3
     within = {f"optimizer.{name}": seconds for name, seconds in outcome.timings.items()}
     timings_s = watch.elapsed_s | within
     return StepRecord(
@@ -134,7 +162,7 @@ def _run_step(job: Job, step: int) -> StepRecord:
         skipped=outcome.skipped,
         step_ms=step_ms,
         tokens_per_s=job.tokens_per_step / step_ms * 1e3,
-        timings_ms={name: seconds * 1e3 for name, seconds in timings_s.items()},
+        timings_ms={} if is_resumed else {name: s * 1e3 for name, s in timings_s.items()},
         non_finite=outcome.non_finite,
     )
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,10 +21,17 @@ from offload_adam.mindspore.adam import Adam
 from offload_adam.optimizer import OffloadAdam
 from offload_adam.options import ExecutionOptions, FailurePolicy, OffloadPolicy
 from offload_adam.schedules import schedule_from_state
+from offload_adam.train.run_folder import run_folder
 
 
-def build_optimizer(config: RunConfig, model: nn.Module) -> OffloadAdam | Adam:
-    """Return the optimizer of `model`'s trainable parameters."""
+def build_optimizer(
+    config: RunConfig, model: nn.Module, *, resumes_kept: bool = False
+) -> OffloadAdam | Adam:
+    """Return the optimizer of `model`'s trainable parameters.
+
+    Args:
+        resumes_kept: continue from kept state if there is any; if False, replace it.
+    """
     section = config.optimizer
     # The keys of a section are the names of its optimizer's arguments. `read_options` returns those
     # that both optimizers have.
@@ -30,7 +40,8 @@ def build_optimizer(config: RunConfig, model: nn.Module) -> OffloadAdam | Adam:
     if config.parallel is not None:
         arguments["gradient_reduction"] = None  # FSDP2 averages them
     arguments["reduce_dtype"] = torch.float32 if section.reduce_dtype else None
-    arguments |= {"offload": offload_policy(config), "failures": failure_policy(config)}
+    arguments["offload"] = replace(offload_policy(config), resume_kept=resumes_kept)
+    arguments["failures"] = failure_policy(config)
     if isinstance(section, AdamSection):
         if isinstance(section.learning_rate, dict):
             arguments["learning_rate"] = schedule_from_state(section.learning_rate)
@@ -42,10 +53,19 @@ def build_optimizer(config: RunConfig, model: nn.Module) -> OffloadAdam | Adam:
 
 def offload_policy(config: RunConfig) -> OffloadPolicy:
     """Return the options for where the optimizer stores its state and how it moves data."""
-    return OffloadPolicy(
-        **read_options(config, OffloadPolicy),
-        snapshot_buffer_nbytes=config.checkpoint.used_buffer_nbytes,
-    )
+    options = read_options(config, OffloadPolicy)
+    if config.memory.keep != "none":
+        options["keep_path"] = keep_path(config)
+    return OffloadPolicy(**options, snapshot_buffer_nbytes=config.checkpoint.used_buffer_nbytes)
+
+
+def keep_path(config: RunConfig) -> str:
+    """Return the folder for the files of kept state: as configured, or one of this user and run."""
+    if config.memory.keep_path is not None:
+        return str(config.memory.keep_path)
+    # Runs of one name in different folders must not meet in one file.
+    folder = hashlib.sha256(os.fsencode(run_folder(config).absolute())).hexdigest()[:8]
+    return f"/dev/shm/offload_adam-{os.getuid()}/{config.run.name}-{folder}"
 
 
 def failure_policy(config: RunConfig) -> FailurePolicy:

@@ -17,6 +17,7 @@ from offload_adam.fsdp_private import local_of
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.params.selection import bucket_key_of, follows_state_format
 from offload_adam.plan.inputs import Training
+from offload_adam.sharded_optimizer.kept_values import KeptValues
 from offload_adam.train.loop import Job
 from offload_adam.train.model import DTYPES, build_model
 from offload_adam.train.optimizer import offload_policy
@@ -39,6 +40,8 @@ def planner_inputs_of(
     with torch.device("meta"):
         model = build_model(config)
     training = training_of(config, on_device or torch.cuda.is_available())
+    if training.policy.keeps:
+        training = replace(training, buffers_nbytes=KeptValues(model).buffers_nbytes)
     if config.parallel is None:
         return specs_of(model), training
     return sharded_inputs(model, config.parallel, training, world_size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,8 +19,9 @@ class StepRecord:
     loss: mean over ranks and microbatches, in nats a token. It may be NaN or infinite.
     lr: the learning rate of this step.
     grad_norm: the global norm before clipping, non-finite if a gradient is.
-    step_ms: wall time of the step, without evaluation and checkpoints.
-    tokens_per_s: of all ranks together.
+    step_ms: wall time of the step, without evaluation and checkpoints. NaN if the step was resumed
+        from kept state.
+    tokens_per_s: of all ranks together. NaN as `step_ms`.
     timings_ms: how the host spent `step_ms`, by phase. Phases named `optimizer.*` overlap with
         other phases.
     non_finite: names of parameters with non-finite gradients.
@@ -35,6 +38,16 @@ class StepRecord:
     timings_ms: dict[str, float] = field(default_factory=dict)
     non_finite: tuple[str, ...] = ()
     val_loss: float | None = None
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether an earlier process has run the step, as far as its update."""
+        return math.isnan(self.step_ms)
+
+    def is_recorded_in(self, line: bytes) -> bool:
+        """Return whether a line of the records is of this step, with the same results."""
+        own, found = json.loads(self.to_json()), json.loads(line)
+        return all(found.get(key) == own[key] for key in ("step", "loss", "lr", "grad_norm"))
 
     def to_json(self) -> str:
         """Return one line of JSON, with exact floats, and null for non-finite ones."""
@@ -62,14 +75,16 @@ class RunTotals:
     val_loss: float | None = None
 
     def add(self, record: StepRecord) -> None:
-        """Add one step."""
+        """Add one step. One that an earlier process has run only becomes the last one."""
+        self.last = record
+        if record.val_loss is not None:
+            self.val_loss = record.val_loss
+        if record.is_resumed:
+            return
         self.num_steps += 1
         self.num_skipped += record.skipped
         self.total_ms += record.step_ms
         self.timings_ms.update(record.timings_ms)
-        self.last = record
-        if record.val_loss is not None:
-            self.val_loss = record.val_loss
 
 
 @dataclass

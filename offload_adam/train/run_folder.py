@@ -21,6 +21,7 @@ from offload_adam.config import ConfigError, RunConfig, dump_config
 from offload_adam.coordinator.launcher import launched
 from offload_adam.errors import RunFolderLostError
 from offload_adam.profiling.json_lines import read_objects
+from offload_adam.train.records import StepRecord
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,12 @@ def open_run_folder(config: RunConfig, last_step: int) -> TextIO:
         _replace(path, b"".join(line.strip() + b"\n" for line in kept))
     _replace(folder / CONFIG_NAME, dump_config(config).encode())
     return path.open("a", encoding="utf-8", buffering=1)
+
+
+def has_record(config: RunConfig, record: StepRecord) -> bool:
+    """Return whether the file of records already has this one, whatever its timings."""
+    lines = read_objects(run_folder(config) / METRICS_NAME, "step")
+    return any(record.is_recorded_in(line) for line, _ in lines)
 
 
 def _is_kept(record: Mapping[str, Any], last_step: int) -> bool:

@@ -1,12 +1,14 @@
-"""The state of a run besides model and optimizer, which is in the `extra` of a checkpoint."""
+"""The state of a run besides model and optimizer: in checkpoints, and with each step in memory."""
 
 from __future__ import annotations
 
 import base64
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
@@ -16,7 +18,10 @@ from offload_adam.config import ConfigError
 from offload_adam.coordinator.rank_checks import gather_texts
 from offload_adam.errors import CheckpointError
 from offload_adam.options import MAX_STEP_COUNT
-from offload_adam.train.loop import Job
+from offload_adam.train.run_folder import run_folder
+
+if TYPE_CHECKING:
+    from offload_adam.train.loop import Job
 
 
 class _Entry(BaseModel):
@@ -56,15 +61,43 @@ class RunState:
 
 def describe_state(job: Job, step: int) -> dict[str, Any]:
     """Return the `extra` of a checkpoint after a step. Collective."""
-    random = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode("ascii")
-    every = gather_texts(job.optimizer.ranks, random)
-    schedule = None if job.schedule is None else job.schedule.state_dict()
+    every = gather_texts(job.optimizer.ranks, _text_of(torch.get_rng_state()))
     return {
         "step": step,
         "samples": job.samples_before(step + 1),
         "config": job.config.model_dump(mode="json"),
-        "train": {"schedule": schedule, "random": every},
+        "train": {"schedule": _schedule_state(job), "random": every},
     }
+
+
+def describe_kept(job: Job, step: int, loss: torch.Tensor) -> dict[str, Any]:
+    """Return the `kept_extra` of a step, before the update and the schedule's step.
+
+    In contrast to `describe_state`, it has this rank's random states alone, with that of a GPU.
+
+    Args:
+        loss: 0-d, this rank's mean loss. The host waits for it.
+    """
+    device = job.world.device
+    random = [torch.get_rng_state()]
+    if device.type == "cuda":
+        random.append(torch.cuda.get_rng_state(device))
+    return {
+        "folder": str(run_folder(job.config).absolute()),
+        "step": step,
+        "samples": job.samples_before(step + 1),
+        "config": job.config_text,
+        "train": {"schedule": _schedule_state(job), "random": list(map(_text_of, random))},
+        "loss": float(loss),
+    }
+
+
+def _schedule_state(job: Job) -> dict[str, Any] | None:
+    return None if job.schedule is None else job.schedule.state_dict()
+
+
+def _text_of(random: torch.Tensor) -> str:
+    return base64.b64encode(random.numpy().tobytes()).decode("ascii")
 
 
 def read_state(job: Job, checkpoint: Path) -> RunState:
@@ -86,8 +119,7 @@ def read_state(job: Job, checkpoint: Path) -> RunState:
     try:
         extra = _Extra.model_validate(values)
         where = "extra.train.schedule"
-        own = None if job.schedule is None else job.schedule.state_dict()
-        schedule = _like(own, extra.train.schedule)
+        schedule = _like(_schedule_state(job), extra.train.schedule)
         where = "extra.train.random"
         if len(extra.train.random) != manifest.world_size:
             raise ValueError(f"must have {manifest.world_size} states, one for each rank")
@@ -109,14 +141,46 @@ def restore_state(job: Job, state: RunState) -> None:
         torch.set_rng_state(state.random[job.world.rank])
 
 
+def read_kept(extra: Mapping[str, Any]) -> tuple[RunState, torch.Tensor]:
+    """Return what `describe_kept` has described: the state of the run, and this rank's loss.
+
+    `RunState.random` has this rank's random states: that of the CPU, and that of its GPU.
+    """
+    state = RunState(
+        extra["step"],
+        extra["samples"],
+        json.loads(extra["config"]),
+        extra["train"]["schedule"],
+        list(map(_bytes_of, extra["train"]["random"])),
+    )
+    return state, torch.tensor(extra["loss"], dtype=torch.float32, device="cpu")
+
+
+def restore_kept(job: Job, state: RunState) -> None:
+    """Restore the schedule, and this rank's random states, to those before an update."""
+    if job.schedule is not None and state.schedule is not None:
+        job.schedule.load_state_dict(state.schedule)
+        # The construction of the schedule has set the rates to those of the first step.
+        rates = zip(job.optimizer.param_groups, job.schedule.get_last_lr(), strict=True)
+        for group, rate in rates:
+            group["lr"] = rate
+    torch.set_rng_state(state.random[0])
+    for of_gpu in state.random[1:]:
+        torch.cuda.set_rng_state(of_gpu, job.world.device)
+
+
+def _bytes_of(text: str) -> torch.Tensor:
+    """Return the bytes in a base64 text, (n,) uint8."""
+    return torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8, device="cpu")
+
+
 def _random_state(text: str) -> torch.Tensor:
     """Return the random state in a base64 text.
 
     Raises:
         ValueError, RuntimeError: the text has no state that torch accepts.
     """
-    content = list(base64.b64decode(text))
-    state = torch.tensor(content, dtype=torch.uint8, device="cpu")
+    state = _bytes_of(text)
     torch.Generator().set_state(state)  # checks it
     return state
 

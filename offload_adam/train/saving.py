@@ -7,7 +7,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from offload_adam.coordinator.ranks import attempt
 from offload_adam.errors import CheckpointError, PeerError, PeerFailedError
 from offload_adam.options import MAX_STEP_COUNT
 from offload_adam.train.loop import Job
+from offload_adam.train.optimizer import keep_path
 from offload_adam.train.records import CheckpointTotals
 from offload_adam.train.run_folder import run_folder
 from offload_adam.train.run_state import describe_state, read_state, restore_state
@@ -113,6 +114,12 @@ class CheckpointSaver:
             else:
                 save_checkpoint(self._path, model=job.model, optimizer=job.optimizer, extra=extra)
                 self._committed()
+
+    def is_saved(self, step: int) -> bool:
+        """Return whether there is a checkpoint of a step. Collective."""
+        # Rank 0 decides: a network file system may show the folder to the other ranks later.
+        own = checkpoint_path(self._job.config, step).is_dir()
+        return gather_texts(self._job.optimizer.ranks, str(own))[0] == str(True)
 
     def commit_written(self) -> None:
         """Commit the pending checkpoint if the last step reported that all ranks have written it.
@@ -246,6 +253,8 @@ def steps_in(folder: Path) -> list[int]:
 
 def describe_lost_steps(config: RunConfig) -> str:
     """Return a sentence that says which steps are lost if the run ends now."""
+    if config.memory.keep != "none":
+        return f"the last step is kept in {keep_path(config)}: start again on this node to resume"
     newest = max(steps_in(run_folder(config) / FOLDER_NAME), default=None)
     if newest is None:
         return "there is no checkpoint: all steps of the run are lost"
@@ -266,13 +275,9 @@ def find_checkpoint(config: RunConfig) -> Path | None:
     resume = config.checkpoint.resume
     folder = run_folder(config) / FOLDER_NAME
     steps = steps_in(folder) if resume == "auto" or attempt() > 0 else []
-    for step in reversed(steps):
-        try:
-            verify_checkpoint(folder / f"step-{step}")
-        except CheckpointError as error:  # the message has the path
-            logger.warning("Skipping checkpoint step-%d: %s", step, error)
-        else:
-            return folder / f"step-{step}"
+    found = newest_intact(folder, steps)
+    if found is not None:
+        return found
     if resume in ("auto", "never"):
         if steps:
             logger.warning("Starting from the first step: no checkpoint in %s is intact", folder)
@@ -283,6 +288,22 @@ def find_checkpoint(config: RunConfig) -> Path | None:
         problem = f"must be auto, never or the folder of an intact checkpoint: {error}"
         raise ConfigError.at("checkpoint.resume", problem) from error
     return Path(resume)
+
+
+def newest_intact(folder: Path, steps: Sequence[int]) -> Path | None:
+    """Return the newest intact one of these checkpoints; warnings name the damaged ones.
+
+    Args:
+        steps: sorted.
+    """
+    for step in reversed(steps):
+        try:
+            verify_checkpoint(folder / f"step-{step}")
+        except CheckpointError as error:  # the message has the path
+            logger.warning("Skipping checkpoint step-%d: %s", step, error)
+        else:
+            return folder / f"step-{step}"
+    return None
 
 
 def set_aside(config: RunConfig, first_step: int) -> None:
@@ -344,7 +365,7 @@ def resume(job: Job) -> Job:
         return job
     path = Path(found)
     state = read_state(job, path)
-    _reject_changes(job.config, state.config)
+    reject_changes(job.config, state.config)
     load_checkpoint(path, model=job.model, optimizer=job.optimizer)
     restore_state(job, state)
     first_step = state.step + 1
@@ -354,8 +375,13 @@ def resume(job: Job) -> Job:
     return replace(job, first_step=first_step, first_sample=state.samples, resumed_from=path)
 
 
-def _reject_changes(config: RunConfig, saved: Mapping[str, Mapping[str, Any] | None]) -> None:
+def reject_changes(
+    config: RunConfig, saved: Mapping[str, Mapping[str, Any] | None], place: str = "the checkpoint"
+) -> None:
     """Reject a configuration that differs from the saved one in keys that may not change.
+
+    Args:
+        place: what `saved` is from, for the error message.
 
     Raises:
         ConfigError: names the keys and both values.
@@ -379,7 +405,7 @@ def _reject_changes(config: RunConfig, saved: Mapping[str, Mapping[str, Any] | N
             may_change = name.startswith(MAY_CHANGE) or (name, was) == _MAY_CHANGE_FROM
             if becomes != was and not may_change:
                 problem = (
-                    f"was {json.dumps(was)} in the checkpoint and is {json.dumps(becomes)} now: "
+                    f"was {json.dumps(was)} in {place} and is {json.dumps(becomes)} now: "
                     "set it back, or begin a new run with checkpoint.resume=never and another "
                     "run.name"
                 )
