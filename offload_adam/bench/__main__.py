@@ -69,6 +69,8 @@ def main(
             stored = "format of this package's state; default: %(default)s"
             formats = get_args(StateFormat)
             command.add_argument("--state-format", choices=formats, default="fp32", help=stored)
+            kept = "also time a step whose state outlives the process (memory.keep: shared)"
+            command.add_argument("--keep", action="store_true", help=kept)
     command = commands.add_parser("fsdp2", help=FSDP2, description=FSDP2, epilog=EXIT_CODES)
     command.set_defaults(run=_fsdp2, parser=command)
     _add_fsdp2_options(command)
@@ -209,7 +211,8 @@ def _compare(options: argparse.Namespace) -> None:
     if options.work == "kernel":
         _show(lambda: measure_kernel(*sizes), options.json)
     else:
-        _show(lambda: measure_step(*sizes, options.state_format), options.json)
+        keeps = options.keep
+        _show(lambda: measure_step(*sizes, options.state_format, keeps=keeps), options.json)
 
 
 def _fsdp2(options: argparse.Namespace) -> None:

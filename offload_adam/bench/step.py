@@ -6,7 +6,10 @@ allocated in advance.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,10 +25,12 @@ from offload_adam.bench.peers import (
 from offload_adam.bench.planes import Planes, allocate, fill_with_noise, make_planes
 from offload_adam.doctor.bandwidth import step_nbytes_per_element
 from offload_adam.optimizer import OffloadAdam
-from offload_adam.options import StateFormat
+from offload_adam.options import OffloadPolicy, StateFormat
 
 OURS_IN_FP32 = f"{OURS}_fp32_state"
+OURS_KEPT = f"{OURS}_kept"
 CLIPPED, SCALED = "torch_clip_grad_norm", "torch_grad_scale"
+SHARED_MEMORY = "/dev/shm"
 _NORM_EPS = 1e-6  # clip_grad_norm_ adds it to the norm before it divides by the norm
 
 
@@ -58,13 +63,19 @@ def step_tensors(numel: int, huge_pages: bool) -> StepTensors:
 
 
 def measure_step(
-    numel: int, num_threads: int, num_pairs: int, state_format: StateFormat = "fp32"
+    numel: int,
+    num_threads: int,
+    num_pairs: int,
+    state_format: StateFormat = "fp32",
+    *,
+    keeps: bool = False,
 ) -> dict[str, Any]:
     """Return the report of `bench step`, a JSON object.
 
     Args:
         state_format: format of this package's state. Unless it is "fp32", the report also has a
             step with fp32 state.
+        keeps: the report also has a step whose state outlives the process.
 
     Raises:
         HostMemoryError: the node does not have enough memory available.
@@ -73,7 +84,8 @@ def measure_step(
     if state_format != "fp32":
         formats[OURS_IN_FP32] = "fp32"
     # The peers' tensors; our state, and our parameter twice while it moves into its bucket.
-    machine = prepare_machine((16 + 4 + (12 + 4) * len(formats)) * numel, num_threads)
+    itemsize = 16 + 4 + (12 + 4) * (len(formats) + keeps)
+    machine = prepare_machine(itemsize * numel, num_threads)
     arithmetic = {name: updates_per_s(stored) for name, stored in formats.items()}
     tensors = step_tensors(numel, huge_pages=False)
     peers, left_out = available_peers(tensors.planes)
@@ -89,6 +101,27 @@ def measure_step(
         *torch_steps(tensors),
         *(clipped_step(name, optimizer, tensors) for name, optimizer in peers.items()),
     ]
+    with ExitStack() as stack:
+        if keeps:
+            folder = stack.enter_context(TemporaryDirectory(dir=SHARED_MEMORY))
+            kept = OffloadPolicy(keep="shared", keep_path=folder)
+            optimizer = offload_adam(tensors, num_threads, state_format, kept)
+            stack.callback(optimizer.close)
+            nbytes = step_nbytes_per_element(state_format) + 2 + 2  # a copy of the gradient
+            contenders.append(Contender(OURS_KEPT, optimizer.step, nbytes))
+        return _compare(contenders, numel, num_pairs, machine, left_out, state_format) | {
+            "updates_per_s_and_core": arithmetic
+        }
+
+
+def _compare(
+    contenders: Sequence[Contender],
+    numel: int,
+    num_pairs: int,
+    machine: Mapping[str, Any],
+    left_out: Mapping[str, str],
+    state_format: StateFormat,
+) -> dict[str, Any]:
     report = compare(
         "step",
         contenders,
@@ -100,22 +133,26 @@ def measure_step(
         definitions={
             OURS: f"state_format={state_format!r}",
             OURS_IN_FP32: "the same with fp32 state",
+            OURS_KEPT: "the same with keep='shared', which also copies the gradient",
             "torch_fused": f"the faster of {CLIPPED} and {SCALED}",
             CLIPPED: "gradient converted to fp32, clip_grad_norm_, fused AdamW, rounded to bf16",
             SCALED: "clip_grad_norm_ replaced by a grad_scale that fused AdamW applies",
         },
     )
-    return report | {"state_format": state_format, "updates_per_s_and_core": arithmetic}
+    return report | {"state_format": state_format}
 
 
 def offload_adam(
-    tensors: StepTensors, num_threads: int, state_format: StateFormat = "fp32"
+    tensors: StepTensors,
+    num_threads: int,
+    state_format: StateFormat = "fp32",
+    offload: OffloadPolicy = OffloadPolicy(),
 ) -> OffloadAdam:
     """Return this package's optimizer over a copy of the parameter, with the shared gradient."""
     parameter = torch.nn.Parameter(tensors.parameter.clone())
     # The parameter is a vector, to which only a group's own format applies.
     group = {"params": [parameter], "state_format": state_format}
-    optimizer = OffloadAdam([group], **OUR_SETTINGS, num_threads=num_threads)
+    optimizer = OffloadAdam([group], **OUR_SETTINGS, num_threads=num_threads, offload=offload)
     parameter.grad = tensors.gradient
     return optimizer
 

@@ -200,6 +200,21 @@ def test_bench_step_reports_bytes_and_arithmetic_of_each_format(
     assert made == list(dict.fromkeys([state_format, "fp32"]))
 
 
+def test_bench_step_times_a_kept_step_and_deletes_its_state(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("offload_adam.bench.peers.PEERS", {})
+    monkeypatch.setattr(step, "updates_per_s", lambda stored: 1e9)
+    monkeypatch.setattr(step, "SHARED_MEMORY", str(tmp_path))
+    with pytest.warns(UserWarning, match="is not in memory"):
+        report = step.measure_step(3000, 1, 7, "bf16", keeps=True)
+    results = {result["name"]: result for result in report["results"]}
+    bytes_per_param = results["offload_adam"]["bytes_per_param"]
+    assert results["offload_adam_kept"]["bytes_per_param"] == bytes_per_param + 4
+    assert results["offload_adam_kept"]["ms_median"] > 0
+    assert not list(tmp_path.iterdir())
+
+
 def test_tables_are_aligned_and_long_cells_do_not_widen_them() -> None:
     lines = table(("a", "long header"), [("x|y", "1"), ("z", "a" * 60)])
     assert lines == [
