@@ -36,13 +36,13 @@ from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import KeptInUseError
 from offload_adam.kept.file import (
     KeptFile,
-    KeptLock,
     NotKeptError,
     Sizes,
     is_kept_file,
     peek,
     unusable,
 )
+from offload_adam.kept.lock import KeptLock
 from offload_adam.kept.record import pack, unpack
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.options import OffloadPolicy

@@ -261,7 +261,7 @@ def test_a_changed_configuration_is_rejected(
 
 def test_state_in_use_ends_with_2_and_the_process(tmp_path: Path, memory: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from offload_adam.kept.file import KeptLock;"
+        "import sys; from pathlib import Path; from offload_adam.kept.lock import KeptLock;"
         "lock = KeptLock(Path(sys.argv[1])); lock.acquire(0); print(flush=True); input()"
     )
     command = [sys.executable, "-c", program, str(memory / "rank-00000")]

@@ -27,7 +27,8 @@ import pytest
 from offload_adam.errors import HostMemoryError, KeptInUseError, KeptStateError
 from offload_adam.kept import file as module
 from offload_adam.kept import space
-from offload_adam.kept.file import Found, KeptFile, KeptLock, NotKeptError, Sizes, peek
+from offload_adam.kept.file import Found, KeptFile, NotKeptError, Sizes, peek
+from offload_adam.kept.lock import KeptLock
 
 ROOT = Path(__file__).parents[2]
 IDENTITY = '{"model": {"shapes": [[3, 4], [5]]}, "rank": 1}'
@@ -258,7 +259,8 @@ def test_each_prefix_of_a_creation_is_no_kept_file(
 WRITER = """
 import sys
 from pathlib import Path
-from offload_adam.kept.file import KeptFile, KeptLock, Sizes
+from offload_adam.kept.file import KeptFile, Sizes
+from offload_adam.kept.lock import KeptLock
 
 path = Path(sys.argv[1])
 KeptLock(path).acquire(5)
@@ -534,7 +536,7 @@ def test_views_outlive_close_and_remove(path: Path) -> None:
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from offload_adam.kept.file import KeptLock
+from offload_adam.kept.lock import KeptLock
 
 lock = KeptLock(Path(sys.argv[1]))
 lock.acquire(5)
