@@ -450,7 +450,7 @@ class ShardedOptimizer(FollowsModel):
         if not core.has_updated and self._execution.is_external:
             check_averaged(self._ranks, core.named_parameters())
         with torch.no_grad():
-            report = core.step(self._inputs())
+            report = core.step(self._inputs(is_step=True))
         # The step has read the gradients of incomplete buckets itself, so gradients that arrived
         # for these buckets must not count towards the next backward.
         if self._hooks is not None:
@@ -679,10 +679,17 @@ class ShardedOptimizer(FollowsModel):
     def max_grad_norm(self, value: float | None) -> None:
         self._max_grad_norm = check_max_norm("max_grad_norm", value)
 
-    def _inputs(self) -> StepInputs:
-        """Read this step's inputs. They carry an error, so that the step raises it on all ranks."""
+    def _inputs(self, *, is_step: bool = False) -> StepInputs:
+        """Read this step's inputs. They carry an error, so that the step raises it on all ranks.
+
+        Args:
+            is_step: the caller takes the step, so its values are kept; a norm keeps none.
+        """
         try:
-            return self._read_inputs()
+            inputs = self._read_inputs()
+            if is_step and self._kept_values is not None:
+                inputs = replace(inputs, payload=self._kept_values.pack(self))
+            return inputs
         except Exception as error:
             return StepInputs(hyperparameters=[], failure=error)
 
@@ -702,7 +709,6 @@ class ShardedOptimizer(FollowsModel):
             factor=self._streamed.factor(),
             multiplied=self._streamed.multiplied,
             notice=replace(self.notice, saved=self._alive().snapshot_lock.num_finished),
-            payload=b"" if self._kept_values is None else self._kept_values.pack(self),
         )
 
     def _check_groups_and_load_edits(self) -> None:

@@ -40,7 +40,8 @@ class StepInputs:
     factor: the factor that the user or clipping applied to the stand-ins in `.grad`.
     multiplied: indices of the parameters whose stand-ins were multiplied by `factor`.
     call: name of the running call, which must be the same on all ranks.
-    payload: what is kept with the step besides state and inputs, see `KeptSteps`.
+    payload: what is kept with the step besides state and inputs, see `KeptSteps`; empty in a call
+        that takes no step.
     """
 
     hyperparameters: Sequence[Hyperparameters]

@@ -647,7 +647,7 @@ class ShardedAdam:
                 found.present[state.indices] = gradients.present
                 update = self._updates[state.layout.index]
                 update.allocate_for(state, gradients, lazy=inputs.lazy)
-            if self.kept is not None:
+            if self.kept is not None and inputs.payload:
                 self.kept.prepare(inputs, self.states, self.num_steps)
             if inputs.factor != 1.0:
                 reject_partly_multiplied(inputs, found.present, self._names)

@@ -400,6 +400,20 @@ def test_what_cannot_be_kept_is_rejected_in_a_step(folder: str) -> None:
     assert resumed_step(folder) == 2
 
 
+def test_a_norm_records_no_step(folder: str) -> None:
+    run = Run(adamw(), kept(folder))
+    run.train(1)
+    run.model(torch.ones(4, 24, dtype=torch.float32)).sum().backward()
+    run.optimizer.clip_grad_norm_(1.0)
+    core = run.optimizer._alive()
+    assert core.kept is not None
+    assert core.kept.file is not None
+    assert core.kept.file.found().prepared == 1
+    run.optimizer.step()
+    assert core.kept.file.found().prepared == 2
+    finish(run)
+
+
 def test_sparse_gradients_are_rejected(folder: str) -> None:
     table = nn.Embedding(8, 4, sparse=True)
     optimizer = Adam(table.parameters(), offload=kept(folder))
