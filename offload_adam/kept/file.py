@@ -80,8 +80,8 @@ class NotKeptError(Exception):
 class Found(NamedTuple):
     """The records of a file.
 
-    prepared: sequence number of the newest valid prepared record, 0 if there is none.
-    decided: sequence number of the newest valid decision, 0 if there is none.
+    prepared: sequence number of the newest valid prepared record; 0 without one.
+    decided: sequence number of the newest valid decision; 0 without one.
     valid_from: the state can be used only if the decision to resume from has at least this number.
     """
 
@@ -335,7 +335,8 @@ def peek(path: Path) -> bytes | None:
     """Return the prepared record of the newest decided step, without a check of the identity.
 
     Returns:
-        None if there is none, or no valid file. `valid_from` and the arena are not checked either.
+        None if no step was decided, or the file is not valid. `valid_from` and the arena are not
+        checked.
     """
     try:
         kept, _ = _open(path)

@@ -143,7 +143,7 @@ def barrier(typingctx: Any) -> Any:
 
 
 def area_of(undo: Any, piece: Any) -> Any:
-    """Return the area of a piece, or None if `undo` is None in this specialisation."""
+    """Return the area of a piece. Without a log, `undo` is None, and so is the result."""
     return None if undo is None else undo[piece * AREA_NBYTES : (piece + 1) * AREA_NBYTES]
 
 

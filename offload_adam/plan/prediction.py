@@ -99,7 +99,7 @@ def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
 def _kept_records(
     specs: Sequence[ParameterSpec], plans: Sequence[StatePlan], training: Training
 ) -> int:
-    """Return the bytes of the file of kept state besides state, gradients and parameters."""
+    """Return the bytes that the file of kept state has for records and the undo log."""
     in_file = sum(
         sum(plane_nbytes(plan).values())
         + plan.keeps_parameters * plan.bucket.numel * plan.bucket.itemsize
