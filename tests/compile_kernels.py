@@ -47,6 +47,7 @@ def compile_others() -> None:
     """Compile the norm, the lazy update and the fold for all formats."""
     for source in FloatFormat:
         norm.compile_kernel(source)
+        norm.compile_kernel(source, copies=True)
     for source, param_format in itertools.product(FloatFormat, PARAM_FORMATS):
         sparse.compile_kernel(source, param_format)
     for param_format, is_split in LOW_PRECISION:

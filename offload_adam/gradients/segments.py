@@ -73,6 +73,8 @@ class BucketGradients:
         local_rows: this rank's sparse gradients before averaging, by position.
         rows: averaged sparse gradients, by position.
         squares: sum of squares of the dense gradients in this rank's shard; None until computed.
+        target: the shard to which the pass that computes `squares` copies autograd's tensors; then
+            None.
     """
 
     def __init__(self, state: BucketState) -> None:
@@ -83,6 +85,7 @@ class BucketGradients:
         self._shard: torch.Tensor | None = None
         self._complete = False
         self.squares: float | None = None
+        self.target: torch.Tensor | None = None
         self.local_rows: dict[int, GradientRows] = {}
         self.rows: dict[int, GradientRows] = {}
 
@@ -109,11 +112,16 @@ class BucketGradients:
         # shard its segment exists, and the result is computed again once they have arrived.
         return self._is_held if self._shard is None else self.dense
 
-    def add_local(self, found: LocalGradients) -> None:
-        """Hold these dense gradients until the step ends, besides those of other parameters."""
+    def add_local(self, found: LocalGradients, target: torch.Tensor | None = None) -> None:
+        """Hold these dense gradients until the step ends, besides those of other parameters.
+
+        Args:
+            target: (shard_numel,) with their dtype. They are held only until they are copied to it.
+        """
         addresses = np.array(found.addresses, dtype=np.int64)
         arrived = np.array([tensor is not None for tensor in found.tensors], dtype=np.bool_)
         self.squares = None  # computed from the earlier gradients
+        self.target = target
         self._held.append(found)
         self._is_held |= arrived
         self._addresses[arrived] = addresses[arrived]
@@ -182,14 +190,15 @@ class BucketGradients:
                     flat = in_memory_order(gradient)
                     yield flat[parameter_start : parameter_start + numel], shard_start
 
-    def move_to(self, accumulator: torch.Tensor) -> None:
+    def move_to(self, target: torch.Tensor) -> None:
         """Read gradients from a tensor into which all `held_parts` were copied, and drop them.
 
         Args:
-            accumulator: (shard_numel,) float32.
+            target: (shard_numel,) in a gradient dtype.
         """
         self._held.clear()
-        self.set_shard(accumulator, complete=self._complete)
+        self.target = None
+        self.set_shard(target, complete=self._complete)
 
     def set_shard(self, shard: torch.Tensor, *, complete: bool) -> None:
         """Read gradients from this rank's shard from now on.

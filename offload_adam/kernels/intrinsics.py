@@ -16,7 +16,9 @@ from offload_adam.kernels.ir_vectors import (
     F32,
     I16,
     I32,
+    LINE_NBYTES,
     Vectors,
+    emit_nontemporal,
     emit_prefetch,
     emit_prefetches,
 )
@@ -318,6 +320,29 @@ def _load_vectors(builder: Any, block: Any, kind: Any, count: int, align: int) -
         loaded = builder.load(builder.gep(start, [_constant(number)]), typ=vector)
         loaded.align = align
         yield loaded
+
+
+@intrinsic
+def stream_block(typingctx: Any, target: Any, source: Any, start: Any) -> Any:
+    """Copy 128 elements from `start` on, past the caches; `target` is then aligned to 64 bytes.
+
+    The caller ends with `finish_stores`.
+    """
+    itemsize = source.dtype.bitwidth // 8
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        to, block = (
+            builder.gep(array_struct(context, builder, kind, array).data, [arguments[2]])
+            for kind, array in zip((target, source), arguments[:2], strict=True)
+        )
+        count = BLOCK_NUMEL * itemsize // LINE_NBYTES * _LANES  # of 32 bits; a vector is a line
+        vectors = list(_load_vectors(builder, block, I32, count, itemsize))
+        to = builder.bitcast(to, vectors[0].type.as_pointer())
+        for number, vector in enumerate(vectors):
+            emit_nontemporal(builder, vector, builder.gep(to, [_constant(number)]))
+        return no_value(context)
+
+    return types.void(target, source, types.int64), codegen
 
 
 def _splat(value: int) -> ir.Constant:

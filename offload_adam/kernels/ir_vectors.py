@@ -94,10 +94,8 @@ class Vectors:
         An ordinary store first reads the cache line that it writes to.
         """
         pointer = self._address(array, index, element)
-        stored = self.builder.store(self.round(value, element), pointer)
+        stored = emit_nontemporal(self.builder, self.round(value, element), pointer)
         stored.align = element.bitwidth // 8 * self.lanes
-        one = self.builder.module.add_metadata([ir.Constant(I32, 1)])
-        stored.set_metadata("nontemporal", one)
 
     def widen(self, raw: Any, element: Any) -> Any:
         """Return raw elements as float32, exactly."""
@@ -365,6 +363,13 @@ def _interleaved(count: int) -> list[int]:
 def _lane_numbers(lanes: Iterable[int]) -> ir.Constant:
     numbers = list(lanes)
     return ir.Constant(ir.VectorType(I32, len(numbers)), numbers)
+
+
+def emit_nontemporal(builder: Any, vector: Any, pointer: Any) -> Any:
+    """Emit a store that bypasses the caches, to an address aligned to the whole vector."""
+    stored = builder.store(vector, pointer)
+    stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
+    return stored
 
 
 def emit_prefetch(builder: Any, address: Any, *, for_writing: bool) -> None:

@@ -169,10 +169,15 @@ class Executor:
             self._sum(copy.state.layout.index, copy.gradients)
 
     def sum_local(self, number: int, gradients: BucketGradients) -> None:
-        """Let the worker sum the squares of gradients that stay in `.grad`. Never waits."""
+        """Let the worker sum the squares of gradients that stay in `.grad`. Never waits.
+
+        Without a worker, those that the sum copies to their shard are summed here.
+        """
         if self._runs_on_worker(self._tasks.states[number]):
             what = f"the norm of bucket {number}"
             self._copy_jobs.append(self._submit(what, partial(self._sum, number, gradients)))
+        elif gradients.target is not None:
+            self._sum(number, gradients)
 
     def _sum(self, number: int, gradients: BucketGradients) -> None:
         with span("norm", number):

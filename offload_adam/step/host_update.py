@@ -106,6 +106,8 @@ class HostUpdate:
             shard = state.planes.gradient_shard
             gradient_format = FORMATS[state.dtype if shard is None else shard.dtype]
             self._norm.compile_kernel(gradient_format)
+            if shard is not None and not (state.plan.is_offloaded or state.plan.packs):
+                self._norm.compile_kernel(gradient_format, copies=True)
             self._compile_update(state, gradient_format)
             # Gradients that the device copies straight into the shard are not folded.
             if shard is not None and state.plan.is_offloaded and not state.plan.copies_directly:
@@ -188,8 +190,15 @@ class HostUpdate:
             self._fold.fold(bits_of(shard), bits_of(source), num_pieces, adds=adds)
 
     def sum_of_squares(self, state: BucketState, gradients: BucketGradients) -> float:
-        """Return the float64 sum of squares of this shard's gradients, non-finite if one is."""
-        return float(np.sum(self._sum_blocks(state, gradients)))
+        """Return the float64 sum of squares of this shard's gradients, non-finite if one is.
+
+        The same pass copies them to `gradients.target`, if there is one.
+        """
+        target = gradients.target
+        squares = float(np.sum(self._sum_blocks(state, gradients, target)))
+        if target is not None:
+            gradients.move_to(target)
+        return squares
 
     def squares_by_position(
         self, state: BucketState, gradients: BucketGradients
@@ -209,11 +218,14 @@ class HostUpdate:
         return np.unique(_positions_of(state, found))
 
     def _sum_blocks(
-        self, state: BucketState, gradients: BucketGradients
+        self, state: BucketState, gradients: BucketGradients, target: torch.Tensor | None = None
     ) -> npt.NDArray[np.float64]:
         """Return the sum of squares of each block of each segment, 0 for those without gradient.
 
         The result is valid until the next call, which overwrites it.
+
+        Args:
+            target: (shard_numel,) receives a copy of the gradients; None for no copy.
         """
         sums = self._block_sums[: state.layout.num_sums]
         sums.fill(0.0)
@@ -226,6 +238,9 @@ class HostUpdate:
                     table.numels,
                     sums,
                     self._use_threads(int(table.numels.sum())),
+                    None
+                    if target is None
+                    else target.data_ptr() + table.starts * target.element_size(),
                 )
         return sums
 

@@ -20,7 +20,7 @@ from offload_adam.gradients.stand_in import (
     gradient_of,
     local_gradient_of,
 )
-from offload_adam.layout.state_plan import StatePolicy
+from offload_adam.layout.state_plan import StateLocation, StatePolicy
 from offload_adam.params.bucket import BucketState
 from offload_adam.step.accumulators import Accumulators
 from offload_adam.step.executor import Executor
@@ -443,8 +443,8 @@ class GradientReduction:
             self._streamed.gradients_moved()
         if self._averages:
             self._start_reduction(state, found.tensors)
-        elif state.planes.gradient_shard is None and self._accumulator(number) is None:
-            gradients.add_local(found)
+        elif self._stays_local(state, found):
+            gradients.add_local(found, target=state.planes.gradient_shard)
             self._executor.sum_local(number, gradients)
         else:
             self._copy_alone(state, found.tensors)
@@ -454,6 +454,17 @@ class GradientReduction:
             self._readers[number].show_stand_ins(
                 [*np.flatnonzero(gradients.dense), *gradients.local_rows]
             )
+
+    def _stays_local(self, state: BucketState, found: LocalGradients) -> bool:
+        """Return whether gradients stay in autograd's tensors until their norm is computed.
+
+        If there is a shard, the norm's pass copies them to it.
+        """
+        shard = state.planes.gradient_shard
+        if shard is None:
+            return self._accumulator(state.layout.index) is None
+        is_same = self._num_rounds == 0 and found.dtypes == [shard.dtype]
+        return is_same and state.plan.location is StateLocation.HOST
 
     def _note_stream(self, number: int, positions: Sequence[int], stream: Hashable) -> None:
         self._stream_waits.gradients_written(number, stream)

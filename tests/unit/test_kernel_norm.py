@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +27,9 @@ def block_sums(
     *,
     num_pieces: int = 2,
     num_threads: int = 2,
+    target: npt.NDArray[Any] | None = None,
 ) -> npt.NDArray[np.float64]:
-    """Return the sums of a shard; -1 where no segment lies."""
+    """Return the sums of a shard; -1 where no segment lies. Copy the gradients to `target`."""
     threads.use_threads(num_threads)
     sums = np.full(shard_numel(segments) // 128, -1.0)
     norm.block_sums(
@@ -36,6 +39,9 @@ def block_sums(
         np.array([segment.gradient.size for segment in segments], dtype=np.int64),
         sums,
         num_pieces,
+        None
+        if target is None
+        else target.ctypes.data + np.array([s.start for s in segments]) * target.itemsize,
     )
     return sums
 
@@ -81,6 +87,32 @@ def test_pieces_and_threads_change_no_bit(gradient_format: FloatFormat) -> None:
     for num_pieces, num_threads in itertools.product(range(1, 8), (1, 2)):
         sums = block_sums(segments, gradient_format, num_pieces=num_pieces, num_threads=num_threads)
         assert sums.tobytes() == expected
+
+
+@pytest.mark.parametrize("offset", [0, 1, 5])
+@pytest.mark.parametrize("gradient_format", FloatFormat)
+def test_a_copy_has_the_bits_of_the_gradient_and_changes_no_sum(
+    gradient_format: FloatFormat, offset: int
+) -> None:
+    segments = random_segments(np.random.default_rng(0), NUMELS, gradient_format, offset=offset)
+    for segment in segments:  # any bits, so also NaNs with a payload
+        segment.gradient.view(np.uint8)[1::7] ^= 0xFF
+    numel = shard_numel(segments)
+    # Two small ones share a block; their addresses have the alignment of an element.
+    for position, start in ((1, 3), (2, 4)):
+        segments.append(Segment(segments[position].gradient[:127], numel + start))
+    expected = np.full(numel + 256, 7, dtype=segments[0].gradient.dtype)
+    untouched = expected.copy()
+    for segment in segments:
+        expected[segment.start : segment.end] = segment.gradient
+    sums_of = partial(block_sums, segments[:10], gradient_format)
+    plain = sums_of(num_pieces=1, num_threads=1).tobytes()
+    for num_pieces, num_threads in itertools.product((1, 2, 3, 7, 64), (1, 2)):
+        shard = displaced(untouched, 0)
+        block_sums(segments[10:], gradient_format, num_pieces=num_pieces, target=shard)
+        sums = sums_of(num_pieces=num_pieces, num_threads=num_threads, target=shard)
+        assert sums.tobytes() == plain
+        np.testing.assert_array_equal(shard.view(np.uint8), expected.view(np.uint8))
 
 
 @settings(max_examples=30)
