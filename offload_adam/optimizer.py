@@ -139,7 +139,7 @@ class OffloadAdam(ShardedOptimizer):
         skipped_steps: number of steps that were skipped since construction.
         grad_scale: loss scale by which gradients are divided; 1 if not set. A GradScaler sets it
             for each step. Set it if you scale the loss yourself.
-        resumed_step: with `OffloadPolicy(keep="shared")`, the `ResumedStep` that the constructor
+        resumed_step: with `OffloadPolicy(keep=...)`, the `ResumedStep` that the constructor
             has completed for an earlier process: the loop continues with the next step. None if
             there was none.
         kept_extra: with the same option, a dict of what the loop needs to continue after a step,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 C = TypeVar("C")
 
-Keep = Literal["none", "shared"]
+Keep = Literal["none", "shared", "keeper"]
 """Whether the state outlives the process: not at all, or in a file in shared memory."""
 
 Pin = Literal["all", "staging", "none"]
@@ -317,18 +317,21 @@ class OffloadPolicy:
         "none",
         Choice(get_args(Keep)),
         "'shared' keeps the state in a file in shared memory (`keep_path`) that outlives the "
-        "process. If the process is killed, the next one completes the step that was decided last, "
-        "to the same bits, and continues from there without a checkpoint. All state must be in "
-        "host memory. A further backward of a step needs accumulate='host' or no_sync().",
+        "process. 'keeper' keeps it in anonymous memory, which a small process of its own holds: "
+        "no file system limits its size. If the process is killed, the next one completes the step "
+        "that was decided last, to the same bits, and continues from there without a checkpoint. "
+        "All state must be in host memory. A further backward of a step needs accumulate='host' "
+        "or no_sync().",
         key="memory.keep",
         shared=True,
     )
     keep_path: str | None = option(
         None,
         Text(),
-        "Folder for the files of kept state, one for each rank. Give each run its own: a run "
-        "resumes from the state that it finds there. It should be in memory: a folder in /dev/shm, "
-        "or on another tmpfs or a hugetlbfs.",
+        "Folder of kept state. Give each run its own: a run resumes from the state that it finds "
+        "there. With 'shared', it has one file for each rank and should be in memory: in /dev/shm, "
+        "or on another tmpfs or a hugetlbfs. With 'keeper', it has the keeper's socket and must be "
+        "on a file system of the node: in /tmp.",
         key="memory.keep_path",
     )
     resume_kept: bool = option(
@@ -343,6 +346,12 @@ class OffloadPolicy:
         Number(least=0, finite=True, unit="seconds"),
         "Seconds to wait until the process that last used the kept state has ended.",
         key="memory.attach_timeout",
+    )
+    keep_for: float = option(
+        900.0,
+        Number(above=0, finite=True, unit="seconds"),
+        "With 'keeper': seconds after which the state is freed if no process uses it.",
+        key="memory.keep_for",
     )
     units: Sequence[torch.nn.Module] | None = option(
         None,

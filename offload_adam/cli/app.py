@@ -11,6 +11,7 @@ from offload_adam.cli.bench import bench
 from offload_adam.cli.checkpoint import checkpoint_app
 from offload_adam.cli.config import config
 from offload_adam.cli.doctor import doctor
+from offload_adam.cli.keeper import keeper_app
 from offload_adam.cli.output import EXIT_BAD_CONFIGURATION, fail
 from offload_adam.cli.plan import plan
 from offload_adam.cli.train import profile, train
@@ -35,6 +36,7 @@ app.command(
     add_help_option=False,
 )(bench)
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(keeper_app, name="keeper")
 
 
 def main() -> None:

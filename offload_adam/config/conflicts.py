@@ -76,7 +76,9 @@ def _keep_conflicts(config: RunConfig) -> Iterator[tuple[str, str, str]]:
     memory, optimizer = config.memory, config.optimizer
     if memory.keep == "none":
         if memory.keep_path is not None:
-            problem = "has no effect without memory.keep: shared: set it, or remove this key"
+            problem = (
+                "has no effect without memory.keep: shared or keeper: set it, or remove this key"
+            )
             yield "memory.keep_path", "memory.keep", problem
         return
     problem = "since only state in host memory outlives the process"

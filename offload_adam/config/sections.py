@@ -132,9 +132,9 @@ class ScheduleSection(Section):
 class MemorySection(keys_of("memory")):  # type: ignore[misc]
     """Where the optimizer state is stored, and which host memory is pinned.
 
-    With `keep: shared`, a killed run that is started again on the same nodes completes the step
-    that was decided last, and continues. By default, `keep_path` is a folder in /dev/shm of this
-    user and this run. See docs/kept_state.md.
+    With `keep: shared` or `keeper`, a killed run that is started again on the same nodes completes
+    the step that was decided last, and continues. By default, `keep_path` is a folder of this user
+    and this run, in /dev/shm or /tmp. See docs/kept_state.md.
     """
 
 

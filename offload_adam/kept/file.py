@@ -20,17 +20,17 @@ import stat
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from offload_adam.errors import KeptStateError
+from offload_adam.kept.holder import Holder, NotKeptError, unusable
 from offload_adam.kept.pages import FilePages
-from offload_adam.kept.space import allocate, map_new, warn_unless_in_memory
+from offload_adam.kept.space import allocate, map_new
 from offload_adam.layout.flat import align
-from offload_adam.printable import MAX_MESSAGE_LENGTH, printable, show
+from offload_adam.printable import show
 
 _MAGIC = b"OAdamKpt"
 _FORMAT = 1
@@ -38,7 +38,6 @@ _BYTE_ORDER = 0x01020304
 # Magic, byte order and format; sizes of the parts and of the file; length of the identity; CRC.
 _HEADER = struct.Struct("=8sIIQQQQQII")
 _CRC_NBYTES = 4
-_OPEN_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
 _BLOCK_NBYTES = 512  # of stat's st_blocks
 _MAX_IDENTITY_NBYTES = 2**20
 
@@ -70,13 +69,6 @@ class Sizes(NamedTuple):
         return _Layout(0, self).arena
 
 
-class NotKeptError(Exception):
-    """There is no kept state to resume from; the message is the reason."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(printable(message, MAX_MESSAGE_LENGTH))
-
-
 class Found(NamedTuple):
     """The records of a file.
 
@@ -93,8 +85,8 @@ class Found(NamedTuple):
 class KeptFile:
     """A mapped file with a rank's state, the records of its last steps, and its progress.
 
-    Owns: the mapping and its views, until `close`. The file itself stays until `remove`.
-    Lifecycle: `create` or `attach`, while a `KeptLock` of the path is held.
+    Owns: the mapping and its views, until `close`. The file itself stays with its holder.
+    Lifecycle: `create` or `attach`, between `acquire` and `release` of the holder.
     Threads: one at a time.
     A forked child shares no page with its parent: its writes do not reach the file.
 
@@ -106,13 +98,12 @@ class KeptFile:
         undo: (undo_nbytes,) uint8, a view of the mapping; starts at a multiple of 64 bytes.
     """
 
-    def __init__(self, path: Path, file: int, mapping: mmap.mmap, layout: _Layout) -> None:
+    def __init__(self, file: int, mapping: mmap.mmap, layout: _Layout) -> None:
         """Use a mapping with a valid header; see `create` and `attach`.
 
         Args:
             file: a descriptor, which the caller may close.
         """
-        self._path = path
         self._layout = layout
         self.sizes = layout.sizes
         self.mapping = mapping
@@ -126,11 +117,12 @@ class KeptFile:
         self._pages = FilePages(file, mapping)
 
     @classmethod
-    def create(cls, path: Path, identity: str, sizes: Sizes, *, reserve: bool = True) -> KeptFile:
-        """Create a zeroed file, and its folder. An existing file is removed.
+    def create(
+        cls, holder: Holder, identity: str, sizes: Sizes, *, reserve: bool = True
+    ) -> KeptFile:
+        """Create a zeroed file. An existing file is removed.
 
         Args:
-            path: should be on tmpfs or hugetlbfs; otherwise warns.
             identity: JSON text that says what the state belongs to; up to 1 MiB.
             reserve: allocate the arena's pages. False leaves that to the caller, who can place them
                 on NUMA nodes.
@@ -146,28 +138,25 @@ class KeptFile:
                 f"The identity has {len(text):,} bytes, at most {_MAX_IDENTITY_NBYTES:,} are kept."
             )
         layout = _Layout(len(text), sizes)
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        warn_unless_in_memory(path.parent)
-        path.unlink(missing_ok=True)
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS, 0o600)
+        file = holder.create()
         try:
             try:
                 reserved_nbytes = layout.end if reserve else layout.arena
-                mapping = map_new(file, path, layout.end, reserved_nbytes)
+                mapping = map_new(file, holder.place, layout.end, reserved_nbytes)
             except BaseException:
-                path.unlink(missing_ok=True)
+                holder.remove()
                 raise
             fields = (_MAGIC, _BYTE_ORDER, _FORMAT, *sizes, len(mapping), len(text))
             crc = _crc_of_header(_HEADER.pack(*fields, 0), text)
             header = _HEADER.pack(*fields, crc) + text
             mapping[len(_MAGIC) : len(header)] = header[len(_MAGIC) :]
             mapping[: len(_MAGIC)] = _MAGIC  # last: without it, the file is no kept state
-            return cls(path, file, mapping, layout)
+            return cls(file, mapping, layout)
         finally:
             os.close(file)
 
     @classmethod
-    def attach(cls, path: Path, identity: str, sizes: Sizes) -> KeptFile:
+    def attach(cls, holder: Holder, identity: str, sizes: Sizes) -> KeptFile:
         """Map the file that an earlier process has created with the same arguments.
 
         Raises:
@@ -175,11 +164,12 @@ class KeptFile:
             KeptStateError: it may be intact, but cannot be used: the system does not open or map
                 it, it is another user's, or no regular file.
         """
-        kept, found = _open(path)
+        kept, found = _open(holder)
         if found != identity:
-            raise NotKeptError(f"{path} is of another state: {_difference(found, identity)}.")
+            difference = _difference(found, identity)
+            raise NotKeptError(f"{holder.place} is of another state: {difference}.")
         if kept.sizes != sizes:
-            raise NotKeptError(f"{path} has parts of {kept.sizes}, not of {sizes}.")
+            raise NotKeptError(f"{holder.place} has parts of {kept.sizes}, not of {sizes}.")
         return kept
 
     def found(self) -> Found:
@@ -276,10 +266,6 @@ class KeptFile:
             # holds a reference to the mapping, but no lock on its buffer.
             del self.mapping, self.undo, self._words
 
-    def remove(self) -> None:
-        """Remove the file. Its memory is freed when no process maps it any more. Idempotent."""
-        self._path.unlink(missing_ok=True)
-
     def _check_fits(self, kind: int, content: bytes) -> None:
         capacity = self._layout.capacities[kind]
         if len(content) > capacity:
@@ -313,33 +299,27 @@ class KeptFile:
                 yield sequence
 
 
-def unusable(path: Path, why: str) -> KeptStateError:
-    """Return an error about a file or folder that must not be deleted either."""
-    return KeptStateError(
-        f"{path} {why}. Kept state cannot be used there: correct that, delete it, or choose "
-        "another memory.keep_path."
-    )
-
-
-def is_kept_file(path: Path) -> bool:
-    """Return whether a path is a file of kept state of this user, whatever its layout."""
+def is_kept_file(holder: Holder) -> bool:
+    """Return whether a file has kept state of this user, whatever its layout."""
     try:
-        kept, _ = _open(path)
+        kept, _ = _open(holder, allocates=False)
     except (NotKeptError, KeptStateError):
         return False
     kept.close()
     return True
 
 
-def peek(path: Path) -> bytes | None:
+def peek(holder: Holder) -> bytes | None:
     """Return the prepared record of the newest decided step, without a check of the identity.
+
+    Works while another process uses the file.
 
     Returns:
         None if no step was decided, or the file is not valid. `valid_from` and the arena are not
         checked.
     """
     try:
-        kept, _ = _open(path)
+        kept, _ = _open(holder, allocates=False)
     except (NotKeptError, KeptStateError):
         return None
     try:
@@ -373,55 +353,55 @@ class _Layout:
         return slot + sum(self._record_nbytes[:kind])
 
 
-def _open(path: Path) -> tuple[KeptFile, str]:
+def _open(holder: Holder, *, allocates: bool = True) -> tuple[KeptFile, str]:
     """Map a file, and return it with its identity, both checked.
+
+    Args:
+        allocates: the pages of the arena that were never written, too. False if the arena is not
+            accessed: a process that has just created the file may be placing them.
 
     Raises:
         NotKeptError, KeptStateError: see `KeptFile.attach`.
     """
-    try:
-        # O_NONBLOCK: the open of a device may wait.
-        file = os.open(path, os.O_RDWR | os.O_NONBLOCK | _OPEN_FLAGS)
-    except FileNotFoundError:
-        raise NotKeptError(f"{path} does not exist.") from None
-    except OSError as error:
-        raise unusable(path, f"cannot be opened: {error.strerror}") from None
+    place, file = holder.place, holder.open()
+    if file is None:
+        raise NotKeptError(f"{place} does not exist.")
     try:
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode):
-            raise unusable(path, "is not a regular file")
+            raise unusable(place, "is not a regular file")
         if status.st_uid != os.geteuid():
-            raise unusable(path, f"belongs to user {status.st_uid}")
+            raise unusable(place, f"belongs to user {status.st_uid}")
         if status.st_size < _HEADER.size:
-            raise NotKeptError(f"{path} is too short.")
+            raise NotKeptError(f"{place} is too short.")
         # Exactly the file: an access beyond its end would end the process by SIGBUS.
         mapping = mmap.mmap(file, status.st_size)
-        layout, identity = _read_header(path, mapping)
+        layout, identity = _read_header(place, mapping)
         # A file system may have no space any more for pages that were never written. An access to
         # them would then be a SIGBUS, too.
-        if status.st_blocks * _BLOCK_NBYTES < status.st_size:
+        if allocates and status.st_blocks * _BLOCK_NBYTES < status.st_size:
             allocate(file, status.st_size)
-        return KeptFile(path, file, mapping, layout), identity
+        return KeptFile(file, mapping, layout), identity
     except OSError as error:
-        raise unusable(path, f"cannot be mapped: {error.strerror}") from None
+        raise unusable(place, f"cannot be mapped: {error.strerror}") from None
     finally:
         os.close(file)
 
 
-def _read_header(path: Path, mapping: mmap.mmap) -> tuple[_Layout, str]:
+def _read_header(place: str, mapping: mmap.mmap) -> tuple[_Layout, str]:
     magic, byte_order, version, *sizes, file_nbytes, identity_nbytes, crc = _HEADER.unpack_from(
         mapping
     )
     if magic != _MAGIC:
-        raise NotKeptError(f"{path} is no kept state, or its creation was interrupted.")
+        raise NotKeptError(f"{place} is no kept state, or its creation was interrupted.")
     if (byte_order, version) != (_BYTE_ORDER, _FORMAT):
-        raise NotKeptError(f"{path} is of another format: version {version}, not {_FORMAT}.")
+        raise NotKeptError(f"{place} is of another format: version {version}, not {_FORMAT}.")
     layout = _Layout(identity_nbytes, Sizes(*sizes))
     if file_nbytes != len(mapping) or layout.end > file_nbytes:
-        raise NotKeptError(f"{path} has {len(mapping):,} bytes instead of {file_nbytes:,}.")
+        raise NotKeptError(f"{place} has {len(mapping):,} bytes instead of {file_nbytes:,}.")
     text = mapping[_HEADER.size : _HEADER.size + identity_nbytes]
     if crc != _crc_of_header(mapping[: _HEADER.size], text):
-        raise NotKeptError(f"{path} has a damaged header.")
+        raise NotKeptError(f"{place} has a damaged header.")
     return layout, text.decode()
 
 

@@ -55,15 +55,15 @@ class FilePages:
         what other processes write to the file, unless it is copied now.
 
         Args:
-            copied: (address, bytes) of memory whose pages are copied now. They are not copied if
-                the file has been removed, because no other process can open it then.
+            copied: (address, bytes) of memory whose pages are copied now. Not needed if no other
+                process can open the file any more.
 
         Raises:
             OSError: there is not enough memory; the pages are still shared.
         """
         if self not in _shared:  # a second mapping would drop what was written to the first
             return
-        pieces = [] if os.fstat(self._file).st_nlink == 0 else list(copied)
+        pieces = list(copied)
         flags = mmap.MAP_PRIVATE
         if not pieces:
             flags |= _MAP_NORESERVE  # few pages will ever be written

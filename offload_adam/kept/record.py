@@ -77,6 +77,11 @@ def unpack(content: bytes) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]
     return values, arrays
 
 
+def step_of(prepared: bytes) -> int:
+    """Return the number of the step whose prepared record this is, skipped steps included."""
+    return int(unpack(prepared)[0]["num_steps"]) + 1
+
+
 def _array(content: bytes, start: int, dtype: np.dtype[Any], shape: list[int]) -> npt.NDArray[Any]:
     """Copy the array that starts at a byte of the content."""
     # numpy checks the lengths, their product and the bounds, but would accept a bare number.

@@ -16,12 +16,12 @@ _IN_MEMORY = ("tmpfs", "ramfs", "hugetlbfs")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EFBIG)
 
 
-def map_new(file: int, path: Path, nbytes: int, reserved_nbytes: int) -> mmap.mmap:
+def map_new(file: int, place: str, nbytes: int, reserved_nbytes: int) -> mmap.mmap:
     """Set the size of a new file, and map it.
 
     Args:
         file: its descriptor.
-        path: for the message of an error.
+        place: names the file in the message of an error.
         nbytes: the least size. Files on hugetlbfs consist of whole huge pages.
         reserved_nbytes: allocate the pages of these first bytes.
 
@@ -42,11 +42,17 @@ def map_new(file: int, path: Path, nbytes: int, reserved_nbytes: int) -> mmap.mm
     except OSError as error:
         if error.errno not in _FULL:
             raise
+        needed = f"The kept state {place} needs {format_nbytes(size)}"
+        if not system.f_blocks:
+            raise HostMemoryError(
+                f"{needed}, which this node or container does not have ({error.strerror}). Choose "
+                "a smaller optimizer.state_format, or use more nodes."
+            ) from error
         raise HostMemoryError(
-            f"The kept state {path} needs {format_nbytes(size)}, but its file system has "
-            f"{format_nbytes(free_nbytes)} free ({error.strerror}). Enlarge it (docker: "
-            "--shm-size; Kubernetes: an emptyDir volume with medium Memory), or choose another "
-            "memory.keep_path. Files in memory count towards the memory limit of a container."
+            f"{needed}, but its file system has {format_nbytes(free_nbytes)} free "
+            f"({error.strerror}). Enlarge it (docker: --shm-size; Kubernetes: an emptyDir volume "
+            "with medium Memory), choose another memory.keep_path, or set memory.keep: keeper, "
+            "which needs no file system. Kept state counts towards the memory limit of a container."
         ) from error
 
 

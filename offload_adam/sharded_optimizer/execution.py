@@ -107,7 +107,7 @@ def decide_execution(
     streams = hooked and (reduces or (sharded is not None and can_wait))
     _check_needs_of_hooks(options, hooked=hooked, streams=streams)
     if options.offload.keep != "none" and any(on_device):
-        why = "keep='shared' keeps only state in host memory"
+        why = f"keep={options.offload.keep!r} keeps only state in host memory"
         _reject_device_state(options, why, "or keep='none'", replicated=replicated)
     if options.state_format != "fp32" and any(on_device):
         why = (
@@ -281,20 +281,20 @@ def check_keeps(offload: OffloadPolicy, is_deferred: bool) -> None:
     """
     if offload.keep_path is None:
         raise ValueError(
-            "keep='shared' needs keep_path=, a folder of this run in shared memory, such as "
-            "'/dev/shm/my-run'."
+            f"keep={offload.keep!r} needs keep_path=, a folder of this run, such as "
+            "'/dev/shm/my-run' for 'shared' and '/tmp/my-run' for 'keeper'."
         )
     if is_deferred:
         raise ValueError(
-            "keep='shared' needs the state at construction. Construct the optimizer after the "
-            "model is sharded, without defer=True, or pass keep='none'."
+            f"keep={offload.keep!r} needs the state at construction. Construct the optimizer after "
+            "the model is sharded, without defer=True, or pass keep='none'."
         )
     from offload_adam.kernels.adam_ir import supports_ir  # with Numba, which is slow to import
 
     if not supports_ir():
         raise ValueError(
-            f"keep='shared' needs x86-64 or AArch64, not {platform.machine()}: other kernels write "
-            "no undo log. Pass keep='none'."
+            f"keep={offload.keep!r} needs x86-64 or AArch64, not {platform.machine()}: other "
+            "kernels write no undo log. Pass keep='none'."
         )
 
 
@@ -312,7 +312,7 @@ def reject_not_keepable(new: Sequence[NewParameter]) -> None:
         else:
             continue
         raise ValueError(
-            f"keep='shared' does not support {what}. Parameter {item.name!r} is in such a group. "
+            f"Kept state does not support {what}. Parameter {item.name!r} is in such a group. "
             "Leave one of them out."
         )
 

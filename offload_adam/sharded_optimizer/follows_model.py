@@ -172,7 +172,7 @@ class FollowsModel(StateAccess):
         if core.kept is not None:
             raise ValueError(
                 "The model was moved, wrapped or sharded after the optimizer was constructed, but "
-                "with keep='shared' its state cannot follow. Construct the optimizer afterwards."
+                "kept state cannot follow. Construct the optimizer afterwards."
             )
         core.synchronize()
         core.snapshot_lock.wait_until_all_free()

@@ -71,7 +71,7 @@ class KeptValues:
         if nbytes > MAX_BUFFERS_NBYTES:
             largest = max(buffers, key=lambda name: buffers[name].nbytes)
             raise ValueError(
-                f"keep='shared' copies the persistent buffers of the model in each step, but they "
+                f"Kept state has a copy of the persistent buffers in each step, but they "
                 f"have {nbytes:,} bytes, more than {MAX_BUFFERS_NBYTES:,}. The largest is "
                 f"{largest!r}. Register buffers that never change with persistent=False."
             )
@@ -80,7 +80,7 @@ class KeptValues:
             if is_dtensor(buffer) or expanded:
                 what = "is expanded: clone it" if expanded else "is a DTensor"
                 raise ValueError(
-                    f"keep='shared' does not support the buffer {name!r}, which {what}. Or "
+                    f"Kept state does not support the buffer {name!r}, which {what}. Or "
                     "register it with persistent=False, or pass keep='none'."
                 )
         self.buffers_nbytes = nbytes
@@ -147,7 +147,7 @@ class KeptValues:
             name = min(k for k in {*found, *self._kinds} if found.get(k) != self._kinds.get(k))
             raise ValueError(
                 f"Buffer {name!r} was {self._kinds.get(name, 'absent')} at construction and is "
-                f"{found.get(name, 'absent')} now, but with keep='shared' a model must keep its "
+                f"{found.get(name, 'absent')} now, but with kept state a model must have the same "
                 "persistent buffers. Run a forward before you construct the optimizer, or register "
                 "it with persistent=False."
             )

@@ -69,7 +69,7 @@ def reject_unkept(state: BucketState, gradients: BucketGradients) -> None:
     """
     for position in gradients.rows:
         raise ValueError(
-            f"Parameter {state.names[position]!r} has a sparse gradient, which keep='shared' does "
+            f"Parameter {state.names[position]!r} has a sparse gradient, which kept state does "
             "not support. Construct its layer with sparse=False, or pass keep='none'."
         )
     shard = gradients.shard

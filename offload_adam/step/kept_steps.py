@@ -36,14 +36,14 @@ from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import KeptInUseError
 from offload_adam.kept.file import (
     KeptFile,
-    NotKeptError,
     Sizes,
     is_kept_file,
     peek,
-    unusable,
 )
-from offload_adam.kept.lock import KeptLock
-from offload_adam.kept.record import pack, unpack
+from offload_adam.kept.folder import FolderHolder
+from offload_adam.kept.holder import Holder, NotKeptError
+from offload_adam.kept.keeper_client import KeeperHolder
+from offload_adam.kept.record import pack, step_of, unpack
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.options import OffloadPolicy
 from offload_adam.params.bucket import BucketState
@@ -51,7 +51,6 @@ from offload_adam.step.messages import Decision, StepInputs, StepReport, UpdateI
 
 logger = logging.getLogger(__name__)
 
-_NAME = "rank-{}"
 _MOST_NAMES, _LONGEST_NAME = 100, 200
 """Maximum number and length of names of parameters with non-finite gradients in a record."""
 _MOST_EDITED = 10
@@ -101,7 +100,7 @@ class KeptSteps:
         adopted: the file holds the state of an earlier process, which `last_step` describes.
         parameters: (address, bytes) of the parameters that are in the file.
 
-    Owns: the file and its lock. `close` releases both and leaves the file in place.
+    Owns: the mapped file, and the right to use it. `close` releases both; the file remains.
     Lifecycle: `find`, then `open`, once. Then for each step `prepare` before its agreement, and
         `decide` after it.
 
@@ -112,13 +111,11 @@ class KeptSteps:
     def __init__(
         self, ranks: RankGroup, policy: OffloadPolicy, identity: Mapping[str, Any], sizes: Sizes
     ) -> None:
-        assert policy.keep_path is not None
         self._ranks = ranks
         self._policy = policy
         self._identity = json.dumps(identity)
         self._sizes = sizes
-        self._path = _path_of(policy.keep_path, ranks)
-        self._lock = KeptLock(self._path)
+        self._holder = _holder_of(policy, ranks)
         self.file: KeptFile | None = None
         self.adopted = False
         self.parameters: list[tuple[int, int]] = []
@@ -129,7 +126,7 @@ class KeptSteps:
         self.is_applied = True  # all updates of the step that was decided last have been started
 
     def find(self) -> None:
-        """Lock this rank's file, and adopt its state if all ranks can. Collective.
+        """Acquire this rank's file, and adopt its state if all ranks can. Collective.
 
         A file that is not adopted is deleted, so that its memory is free.
 
@@ -139,11 +136,8 @@ class KeptSteps:
         """
         phase = "attaching to kept state"  # may wait for longer than `stuck_after`
         with PROGRESS.at(phase, long_running=True), raise_on_all_ranks(self._ranks, phase):
-            try:
-                self._lock.acquire(self._policy.attach_timeout)
-                own = self._offer()
-            except OSError as error:
-                raise unusable(self._path, f"cannot be opened: {error.strerror}") from error
+            self._holder.acquire(self._policy.attach_timeout)
+            own = self._offer()
         texts = gather_texts(self._ranks, json.dumps([*own, secrets.token_hex(8)]))
         *_, self._run = json.loads(texts[0])  # of a new run, unless an earlier one is adopted
         offers = [_Offer(*json.loads(text)[:-1]) for text in texts]
@@ -155,31 +149,30 @@ class KeptSteps:
         if self._ranks.rank == 0 and any(offer.exists for offer in offers):
             level = logging.WARNING if self._policy.resume_kept else logging.INFO
             text = "Not resuming from kept state in %s, which is deleted: %s"
-            logger.log(level, text, self._path.parent, reason)
+            logger.log(level, text, self._policy.keep_path, reason)
         if self.file is not None:
             self.file.close()
             self.file = None
         with raise_on_all_ranks(self._ranks, "deleting kept state"):
-            self._path.unlink(missing_ok=True)
+            self._holder.remove()
             self._delete_leftovers()
 
     def _delete_leftovers(self) -> None:
         """Delete the files of ranks that no longer exist, from a run with more of them."""
         world_size = dist.get_world_size() if dist.is_initialized() else 1
-        for path in self._path.parent.glob(_NAME.format("[0-9]" * 5)):
-            number = path.name.rpartition("-")[2]
-            if int(number) >= world_size and is_kept_file(path):
-                lock = KeptLock(path)
+        for name in self._holder.names():
+            holder = self._holder.of(name)
+            if int(name.rpartition("-")[2]) >= world_size and is_kept_file(holder):
                 with suppress(KeptInUseError):
-                    lock.acquire(0)
-                    path.unlink(missing_ok=True)
-                lock.release()
+                    holder.acquire(0)
+                    holder.remove()
+                holder.release()
 
     def _offer(self) -> _Offer:
         """Map the file of an earlier process, and return which steps it can complete."""
-        exists = self._path.exists()
+        exists = self._holder.has_file()
         try:
-            self.file = file = KeptFile.attach(self._path, self._identity, self._sizes)
+            self.file = file = KeptFile.attach(self._holder, self._identity, self._sizes)
         except NotKeptError as error:
             return _Offer(exists, str(error))
         if not self._policy.resume_kept:
@@ -201,7 +194,7 @@ class KeptSteps:
             HostMemoryError: the file system lacks space.
         """
         if self.file is None:
-            self.file = KeptFile.create(self._path, self._identity, self._sizes, reserve=reserves)
+            self.file = KeptFile.create(self._holder, self._identity, self._sizes, reserve=reserves)
             self.file.valid_from = 1
             self._is_new = True
         return self.file
@@ -218,6 +211,7 @@ class KeptSteps:
             ValueError: the record is larger than was planned for.
         """
         assert self.file is not None
+        self._holder.check()
         counts, scales = _counters(states)
         values: dict[str, Any] = {
             "run": self._run,
@@ -339,7 +333,7 @@ class KeptSteps:
     def remove(self) -> None:
         """Delete the file. Idempotent."""
         if self.file is not None:
-            self.file.remove()
+            self._holder.remove()
 
     def close(self, *, copies: bool = True) -> None:
         """Drop the references to the file, and release its lock.
@@ -352,19 +346,21 @@ class KeptSteps:
         """
         if self.file is not None:
             if self._is_new and self.file.found().prepared == 0:
-                self.file.remove()  # there is no step to resume from
+                self._holder.remove()  # there is no step to resume from
             try:
-                self.file.make_private(self.parameters if copies else ())
+                self.file.make_private(
+                    self.parameters if copies and self._holder.has_file() else ()
+                )
             except OSError as error:
                 logger.warning(
                     "The parameters still share memory with the kept state %s, because they could "
                     "not be copied (%s). No optimizer can use this state until this process ends.",
-                    self._path,
+                    self._holder.place,
                     error.strerror,
                 )
                 return
             self.file.close()
-        self._lock.release()
+        self._holder.release()
 
 
 class KeptStep(NamedTuple):
@@ -378,22 +374,26 @@ class KeptStep(NamedTuple):
     payload: bytes = b""
 
 
-def find_kept_step(keep_path: str, ranks: RankGroup) -> KeptStep | None:
+def find_kept_step(policy: OffloadPolicy, ranks: RankGroup) -> KeptStep | None:
     """Return the step that this rank decided last; None if there is no file.
 
     Whether all ranks can complete the step is not checked.
     """
-    path = _path_of(keep_path, ranks)
-    prepared = peek(path)
+    holder = _holder_of(policy, ranks)
+    prepared = peek(holder)
     if prepared is None:
-        return KeptStep(0) if path.exists() else None
-    values, arrays = unpack(prepared)
-    return KeptStep(int(values["num_steps"]) + 1, arrays["payload"].tobytes())
+        return KeptStep(0) if holder.has_file() else None
+    _, arrays = unpack(prepared)
+    return KeptStep(step_of(prepared), arrays["payload"].tobytes())
 
 
-def _path_of(keep_path: str, ranks: RankGroup) -> Path:
-    """Return the path of this rank's file."""
-    return Path(keep_path) / _NAME.format(f"{ranks.global_ranks[ranks.rank]:05d}")
+def _holder_of(policy: OffloadPolicy, ranks: RankGroup) -> Holder:
+    """Return what holds this rank's file."""
+    assert policy.keep_path is not None
+    folder, name = Path(policy.keep_path), f"rank-{ranks.global_ranks[ranks.rank]:05d}"
+    if policy.keep == "keeper":
+        return KeeperHolder(folder, name, policy.keep_for)
+    return FolderHolder(folder / name)
 
 
 def _counters(

@@ -220,7 +220,7 @@ class ShardedAdam:
         """
         if self.kept is not None:
             raise ValueError(
-                "With keep='shared', the constructor must get all parameters, and they must "
+                "With kept state, the constructor must get all parameters, and they must "
                 "require a gradient there: those that come later are not kept. Construct the "
                 "optimizer again with them, or pass keep='none'."
             )

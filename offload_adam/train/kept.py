@@ -15,7 +15,7 @@ from offload_adam.coordinator.ranks import RankGroup, attempt
 from offload_adam.sharded_optimizer.kept_values import extra_of
 from offload_adam.step.kept_steps import find_kept_step
 from offload_adam.train.loop import Job
-from offload_adam.train.optimizer import keep_path
+from offload_adam.train.optimizer import keep_path, offload_policy
 from offload_adam.train.run_folder import run_folder
 from offload_adam.train.run_state import read_kept, restore_kept
 from offload_adam.train.saving import (
@@ -42,7 +42,7 @@ def may_resume_kept(config: RunConfig, ranks: RankGroup) -> bool:
         return False
     resumes = config.checkpoint.resume == "auto" or attempt() > 0
     with raise_on_all_ranks(ranks, "looking for kept state"):
-        own = find_kept_step(keep_path(config), ranks)
+        own = find_kept_step(offload_policy(config), ranks)
         if own is not None and own.step > 0:
             # Now, because the optimizer deletes state that it does not use.
             _reject_other(config, extra_of(own.payload), resumes=resumes)

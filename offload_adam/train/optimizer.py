@@ -60,12 +60,14 @@ def offload_policy(config: RunConfig) -> OffloadPolicy:
 
 
 def keep_path(config: RunConfig) -> str:
-    """Return the folder for the files of kept state: as configured, or one of this user and run."""
+    """Return the folder of kept state: as configured, or one of this user and run."""
     if config.memory.keep_path is not None:
         return str(config.memory.keep_path)
     # Runs of one name in different folders must not meet in one file.
     folder = hashlib.sha256(os.fsencode(run_folder(config).absolute())).hexdigest()[:8]
-    return f"/dev/shm/offload_adam-{os.getuid()}/{config.run.name}-{folder}"
+    # The keeper's folder has only its socket. systemd may empty /dev/shm when the user logs out.
+    parent = "/tmp" if config.memory.keep == "keeper" else "/dev/shm"
+    return f"{parent}/offload_adam-{os.getuid()}/{config.run.name}-{folder}"
 
 
 def failure_policy(config: RunConfig) -> FailurePolicy:

@@ -254,7 +254,9 @@ def steps_in(folder: Path) -> list[int]:
 def describe_lost_steps(config: RunConfig) -> str:
     """Return a sentence that says which steps are lost if the run ends now."""
     if config.memory.keep != "none":
-        return f"the last step is kept in {keep_path(config)}: start again on this node to resume"
+        kept = f"the last step is kept in {keep_path(config)}: start again on this node to resume"
+        is_freed = config.memory.keep == "keeper"
+        return kept + (f", within {config.memory.keep_for:g} s" if is_freed else "")
     newest = max(steps_in(run_folder(config) / FOLDER_NAME), default=None)
     if newest is None:
         return "there is no checkpoint: all steps of the run are lost"

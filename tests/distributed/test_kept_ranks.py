@@ -18,6 +18,7 @@ from offload_adam import OffloadAdamW, OffloadPolicy
 from offload_adam.fsdp_private import local_of
 from offload_adam.kept.file import Found
 from offload_adam.kept.file import _open as open_file
+from offload_adam.kept.folder import FolderHolder
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from tests.support.fsdp2 import NUM_TOKENS, make_model, shard
 from tests.support.ranks import RankPool
@@ -123,7 +124,7 @@ def test_two_ranks_continue_to_the_bit(kind: str, ranks: RankPool, tmp_path: Pat
 
 
 def found_in(path: Path) -> Found:
-    file, _ = open_file(path)
+    file, _ = open_file(FolderHolder(path))
     found = file.found()
     file.close()
     return found

@@ -22,11 +22,13 @@ from typer.testing import CliRunner
 from offload_adam.checkpoint.format import read_manifest
 from offload_adam.cli.app import app
 from offload_adam.config import ConfigError, RunConfig
+from offload_adam.kept.keeper_client import running_keepers
 from offload_adam.train import loop
 from offload_adam.train.job import run_job
 from offload_adam.train.optimizer import keep_path, offload_policy
 from tests.distributed.test_resume import bits, checksums, records, steps
 from tests.support.jobs import run_on_ranks
+from tests.support.keepers import kill_keeper
 from tests.support.ranks import RankPool
 from tests.support.torchrun import ROOT, run_two_ranks
 
@@ -51,14 +53,20 @@ def memory() -> Iterator[Path]:
     """A folder in memory."""
     folder = Path(tempfile.mkdtemp(prefix="offload_adam-test-", dir="/dev/shm"))
     yield folder
+    if any(keeper.folder == folder for keeper in running_keepers()):
+        kill_keeper(folder)
     shutil.rmtree(folder)
 
 
 def values(
-    folder: Path, memory: Path | None, optimizer: str = "OffloadAdam", **sections: dict[str, Any]
+    folder: Path,
+    memory: Path | None,
+    optimizer: str = "OffloadAdam",
+    kind: str = "shared",
+    **sections: dict[str, Any],
 ) -> dict[str, Any]:
     train = {"num_steps": NUM_STEPS, "batch_size": 4, "sequence_length": 16, "eval_sequences": 8}
-    keep = {} if memory is None else {"keep": "shared", "keep_path": str(memory)}
+    keep = {} if memory is None else {"keep": kind, "keep_path": str(memory)}
     chosen: dict[str, Any] = {
         "run": {"name": "case", "dir": str(folder)},
         "model": {"factory": "tests.support.killed_train:make_model"},
@@ -151,17 +159,22 @@ def test_a_killed_run_is_the_undisturbed_one(tmp_path: Path, memory: Path) -> No
 
 
 @pytest.mark.distributed
-def test_torchrun_restarts_a_run_from_memory(ranks: RankPool, tmp_path: Path, memory: Path) -> None:
+@pytest.mark.parametrize("keep", ["shared", "keeper"])
+def test_torchrun_restarts_a_run_from_memory(
+    ranks: RankPool, tmp_path: Path, memory: Path, keep: str
+) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     arguments = ["--max-restarts=1", "-m", "tests.support.killed_train", "1", "decided", "7"]
     # Without checkpoints before the end: only memory has these steps.
     train: dict[str, Any] = {"train": {"eval_every": 0}, "checkpoint": {"every": 12}}
-    run_two_ranks([*arguments, "train", config_file(killed, memory, **train)], ROOT, timeout_s=90)
+    path = config_file(killed, memory, kind=keep, **train)
+    run_two_ranks([*arguments, "train", path], ROOT, timeout_s=90)
     run_on_ranks(ranks, 2, values(whole, None, **train))
     assert bits(records(killed)) == bits(records(whole))
     assert checksums(killed, NUM_STEPS) == checksums(whole, NUM_STEPS)
     assert records(killed)[6]["step_ms"] is None  # it was resumed, not repeated
     assert not list(memory.glob("rank-0000?"))
+    assert (memory / "keeper.sock").exists() == (keep == "keeper")  # until the keeper ends
 
 
 def test_the_newer_of_memory_and_intact_checkpoint_wins(

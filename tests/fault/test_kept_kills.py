@@ -15,7 +15,8 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from offload_adam.errors import KeptInUseError
-from offload_adam.kept.file import KeptFile, NotKeptError
+from offload_adam.kept.file import KeptFile
+from offload_adam.kept.holder import NotKeptError
 from tests.support.kept_images import open_file, path_of, place_of, spin_until, wait_for_moment
 from tests.support.kept_jobs import Job, Resumed
 from tests.support.kept_training import Case, Training, differences, references

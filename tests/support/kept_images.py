@@ -20,6 +20,8 @@ import numpy as np
 
 from offload_adam.kept import file as kept_file
 from offload_adam.kept.file import KeptFile
+from offload_adam.kept.folder import FolderHolder
+from offload_adam.kept.holder import NotKeptError
 from offload_adam.kernels.undo import AREA_NBYTES, COUNT, TAG
 from offload_adam.step.kept_launches import launch_number
 
@@ -47,7 +49,7 @@ def path_of(folder: Path, rank: int) -> Path:
 
 def open_file(path: Path) -> KeptFile:
     """Map the file of another process, without its lock."""
-    return kept_file._open(path)[0]
+    return kept_file._open(FolderHolder(path))[0]
 
 
 def wait_for_file(path: Path) -> KeptFile:
@@ -56,7 +58,7 @@ def wait_for_file(path: Path) -> KeptFile:
     while True:
         try:
             file = open_file(path)
-        except kept_file.NotKeptError:
+        except NotKeptError:
             pass
         else:
             if file.found().decided:

@@ -27,7 +27,9 @@ import pytest
 from offload_adam.errors import HostMemoryError, KeptInUseError, KeptStateError
 from offload_adam.kept import file as module
 from offload_adam.kept import space
-from offload_adam.kept.file import Found, KeptFile, NotKeptError, Sizes, peek
+from offload_adam.kept.file import Found, KeptFile, Sizes, peek
+from offload_adam.kept.folder import FolderHolder
+from offload_adam.kept.holder import NotKeptError
 from offload_adam.kept.lock import KeptLock
 
 ROOT = Path(__file__).parents[2]
@@ -46,11 +48,11 @@ def path() -> Iterator[Path]:
 
 
 def create(path: Path, sizes: Sizes = SIZES) -> KeptFile:
-    return KeptFile.create(path, IDENTITY, sizes)
+    return KeptFile.create(FolderHolder(path), IDENTITY, sizes)
 
 
 def attach(path: Path) -> KeptFile:
-    return KeptFile.attach(path, IDENTITY, SIZES)
+    return KeptFile.attach(FolderHolder(path), IDENTITY, SIZES)
 
 
 def write(kept: KeptFile, step: int) -> None:
@@ -204,7 +206,7 @@ def test_each_prefix_of_a_step_leaves_the_last_decided_one(path: Path) -> None:
         prepared = 3 if found.read_prepared(3) else 2
         decided = 3 if found.read_decision(3) else 2
         assert found.found() == Found(prepared, decided, 0)
-        assert peek(path) == RECORDS[decided]
+        assert peek(FolderHolder(path)) == RECORDS[decided]
         seen.append((prepared, decided))
     assert seen == sorted(seen)
     assert set(seen) == {(2, 2), (3, 2), (3, 3)}
@@ -220,7 +222,7 @@ def test_prepared_record_can_be_replaced_before_its_decision(path: Path) -> None
         # While it is absent, its number says so, not only its checksum.
         assert found._words[found._layout.record(0, 3) // 8] == (3 if content else 0)
         assert found.found().decided == 2
-        assert peek(path) == RECORDS[2]
+        assert peek(FolderHolder(path)) == RECORDS[2]
     assert attach(path).read_prepared(3) == RECORDS[5]
 
 
@@ -250,7 +252,7 @@ def test_each_prefix_of_a_creation_is_no_kept_file(
         except Killed:
             with pytest.raises(NotKeptError, match="creation was interrupted"):
                 attach(path)
-            assert peek(path) is None
+            assert peek(FolderHolder(path)) is None
         except TypeError:  # its mapping is not a real one, but the header is complete
             break
     assert attach(path).found() == Found(0, 0, 0)
@@ -260,11 +262,11 @@ WRITER = """
 import sys
 from pathlib import Path
 from offload_adam.kept.file import KeptFile, Sizes
-from offload_adam.kept.lock import KeptLock
+from offload_adam.kept.folder import FolderHolder
 
-path = Path(sys.argv[1])
-KeptLock(path).acquire(5)
-kept = KeptFile.attach(path, "killed", Sizes(5000, 5000, 0, 0))
+holder = FolderHolder(Path(sys.argv[1]))
+holder.acquire(5)
+kept = KeptFile.attach(holder, "killed", Sizes(5000, 5000, 0, 0))
 print("writing", flush=True)
 step = kept.found().decided
 while True:
@@ -276,7 +278,7 @@ while True:
 
 def test_file_of_a_killed_process_has_the_last_decided_step(path: Path) -> None:
     sizes, decided = Sizes(5000, 5000, 0, 0), 0
-    KeptFile.create(path, "killed", sizes).close()
+    KeptFile.create(FolderHolder(path), "killed", sizes).close()
     for seed in range(3):
         process = start(WRITER, path)
         assert process.stdout is not None
@@ -284,7 +286,7 @@ def test_file_of_a_killed_process_has_the_last_decided_step(path: Path) -> None:
         time.sleep(0.02 + random.Random(seed).random() * 0.02)
         process.kill()
         process.wait(10)
-        kept = KeptFile.attach(path, "killed", sizes)
+        kept = KeptFile.attach(FolderHolder(path), "killed", sizes)
         found = kept.found()
         assert found.decided > decided
         decided = found.decided
@@ -301,7 +303,7 @@ def test_changed_byte_of_the_header_is_noticed(path: Path, mask: int) -> None:
         kept.mapping[index] ^= mask
         with pytest.raises(NotKeptError):
             attach(path)
-        assert peek(path) is None
+        assert peek(FolderHolder(path)) is None
         kept.mapping[index] ^= mask
     attach(path)
 
@@ -318,7 +320,7 @@ def test_changed_byte_of_a_record_is_noticed(path: Path, mask: int) -> None:
             assert (kept.read_prepared, kept.read_decision)[kind](2) is None
             assert kept.found()[kind] == 1
             assert kept.found()[1 - kind] == 2
-            assert peek(path) == (None if kind == 0 else RECORDS[1])
+            assert peek(FolderHolder(path)) == (None if kind == 0 else RECORDS[1])
             kept.mapping[index] ^= mask
     assert kept.found() == Found(2, 2, 0)
 
@@ -343,7 +345,7 @@ def test_content_that_does_not_fit_changes_nothing(path: Path) -> None:
         kept.write_decision(1, bytes(3001))
     assert kept.mapping[:] == before
     with pytest.raises(ValueError, match="at most 1,048,576"):
-        KeptFile.create(path.with_name("long"), "x" * (2**20 + 1), SIZES)
+        KeptFile.create(FolderHolder(path.with_name("long")), "x" * (2**20 + 1), SIZES)
     assert not path.with_name("long").exists()
 
 
@@ -361,14 +363,14 @@ def test_content_that_does_not_fit_changes_nothing(path: Path) -> None:
 def test_other_identity_is_told(path: Path, identity: str, says: str) -> None:
     create(path)
     with pytest.raises(NotKeptError, match=says):
-        KeptFile.attach(path, identity, SIZES)
+        KeptFile.attach(FolderHolder(path), identity, SIZES)
 
 
 @pytest.mark.parametrize("field", Sizes._fields)
 def test_other_sizes_are_told(path: Path, field: str) -> None:
     create(path)
     with pytest.raises(NotKeptError, match=f"{field}=1[,)]"):
-        KeptFile.attach(path, IDENTITY, SIZES._replace(**{field: 1}))
+        KeptFile.attach(FolderHolder(path), IDENTITY, SIZES._replace(**{field: 1}))
 
 
 def _truncate(path: Path) -> None:
@@ -421,11 +423,11 @@ def _zeros(path: Path) -> None:
 )
 def test_other_file_is_not_attached(path: Path, change: Callable[[Path], None], says: str) -> None:
     write(create(path), 1)
-    assert peek(path) == RECORDS[1]
+    assert peek(FolderHolder(path)) == RECORDS[1]
     change(path)
     with pytest.raises((NotKeptError, KeptStateError), match=says):
         attach(path)
-    assert peek(path) is None
+    assert peek(FolderHolder(path)) is None
 
 
 def test_file_of_another_user_is_not_attached(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -446,16 +448,16 @@ def test_header_with_a_right_checksum_is_checked_too(path: Path, index: int, val
     kept.mapping[:56] = header + struct.pack("=I", zlib.crc32(identity, zlib.crc32(header)))
     with pytest.raises(NotKeptError):
         attach(path)
-    assert peek(path) is None
+    assert peek(FolderHolder(path)) is None
 
 
 def test_pages_are_allocated_as_asked(path: Path) -> None:
     sizes = SIZES._replace(arena_nbytes=2**22)
-    kept = KeptFile.create(path, IDENTITY, sizes)
+    kept = KeptFile.create(FolderHolder(path), IDENTITY, sizes)
     assert path.stat().st_blocks * 512 >= len(kept.mapping)
-    kept = KeptFile.create(path, IDENTITY, sizes, reserve=False)
+    kept = KeptFile.create(FolderHolder(path), IDENTITY, sizes, reserve=False)
     assert kept.arena_start <= path.stat().st_blocks * 512 <= len(kept.mapping) - 2**22
-    KeptFile.attach(path, IDENTITY, sizes)
+    KeptFile.attach(FolderHolder(path), IDENTITY, sizes)
     assert path.stat().st_blocks * 512 >= len(kept.mapping)
 
 
@@ -466,7 +468,7 @@ def test_full_file_system_is_told_and_nothing_is_left(
     system = SimpleNamespace(f_bsize=4096, f_frsize=4096, f_blocks=100, f_bavail=2)
     monkeypatch.setattr(os, "fstatvfs", lambda _: system)
     with pytest.raises(HostMemoryError, match=r"needs .* KiB.* 8.00 KiB free \(No space .*--shm"):
-        KeptFile.create(path, IDENTITY, SIZES, reserve=reserve)
+        KeptFile.create(FolderHolder(path), IDENTITY, SIZES, reserve=reserve)
     assert not path.exists()
 
 
@@ -522,8 +524,8 @@ def test_views_outlive_close_and_remove(path: Path) -> None:
     )
     assert other.undo.tolist() == [7] * 100
     other.close()
-    other.remove()
-    other.remove()
+    FolderHolder(path).remove()
+    FolderHolder(path).remove()
     assert not path.exists()
     arena[:] = 2.5
     if sys.platform == "linux":

@@ -7,7 +7,7 @@ import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,15 @@ from torch import nn
 from offload_adam import OffloadAdamW, OffloadPolicy
 from offload_adam.errors import KeptInUseError
 from offload_adam.kept.file import KeptFile, Sizes
+from offload_adam.kept.folder import FolderHolder
 from offload_adam.kept.pages import FilePages
 from offload_adam.options import StateFormat
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from tests.support.devices import HOST_AS_DEVICE
+from tests.support.keepers import keeper_folder, kill_keeper
+
+Place = dict[str, Any]
+"""Arguments of `optimizer_of`."""
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* is not in memory:UserWarning")
 
@@ -38,7 +43,7 @@ def arena_of(kept: KeptFile) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 def test_private_pages_keep_their_addresses_and_copied_ones_their_values(tmp_path: Path) -> None:
     path = tmp_path / "rank"
-    kept = KeptFile.create(path, "{}", SIZES)
+    kept = KeptFile.create(FolderHolder(path), "{}", SIZES)
     arena = arena_of(kept)
     arena[:] = np.arange(4 * PAGE) % 251
     before = arena.copy()
@@ -47,7 +52,7 @@ def test_private_pages_keep_their_addresses_and_copied_ones_their_values(tmp_pat
     assert (arena == before).all()
     arena[:10] = 255
     kept.valid_from = 7
-    other = KeptFile.attach(path, "{}", SIZES)
+    other = KeptFile.attach(FolderHolder(path), "{}", SIZES)
     assert (arena_of(other) == before).all()
     assert other.valid_from == 0
     arena_of(other)[:] = 9
@@ -61,11 +66,11 @@ def test_private_pages_keep_their_addresses_and_copied_ones_their_values(tmp_pat
 
 
 def test_pages_of_a_removed_file_are_private_but_not_copied(tmp_path: Path) -> None:
-    kept = KeptFile.create(tmp_path / "rank", "{}", SIZES)
+    kept = KeptFile.create(FolderHolder(tmp_path / "rank"), "{}", SIZES)
     arena = arena_of(kept)
     with (tmp_path / "rank").open("r+b", buffering=0) as file:
-        kept.remove()
-        kept.make_private([(arena.ctypes.data, 4 * PAGE)])
+        FolderHolder(tmp_path / "rank").remove()
+        kept.make_private()
         arena[0] = 1
         file.seek(kept.arena_start)
         assert file.read(4 * PAGE) == bytes(4 * PAGE)
@@ -75,14 +80,14 @@ def test_pages_of_a_removed_file_are_private_but_not_copied(tmp_path: Path) -> N
 
 
 def test_views_by_torch_outlive_close(tmp_path: Path) -> None:
-    kept = KeptFile.create(tmp_path / "rank", "{}", SIZES)
+    kept = KeptFile.create(FolderHolder(tmp_path / "rank"), "{}", SIZES)
     view = torch.frombuffer(kept.mapping, dtype=torch.uint8, offset=kept.arena_start)
     kept.close()
     assert view.fill_(3).sum() == 3 * view.numel()
 
 
 def test_close_without_its_object_closes_the_descriptor(tmp_path: Path) -> None:
-    kept = KeptFile.create(tmp_path / "rank", "{}", SIZES)
+    kept = KeptFile.create(FolderHolder(tmp_path / "rank"), "{}", SIZES)
     file = kept._pages._file
     assert not os.get_inheritable(file)
     kept.close()
@@ -95,9 +100,17 @@ def net(dtype: torch.dtype, seed: int = 0) -> nn.Sequential:
     return nn.Sequential(*[nn.Linear(64, 64, dtype=dtype) for _ in range(3)])
 
 
-def optimizer_of(model: nn.Module, folder: str, **options: Any) -> OffloadAdamW:
+@pytest.fixture(params=["shared", "keeper"])
+def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+    with keeper_folder() as folder:
+        yield {"folder": str(folder), "keep": request.param}
+
+
+def optimizer_of(
+    model: nn.Module, folder: str, keep: Any = "shared", **options: Any
+) -> OffloadAdamW:
     policy = OffloadPolicy(
-        keep="shared", keep_path=folder, attach_timeout=0.0, bucket_nbytes=16384, **options
+        keep=keep, keep_path=folder, attach_timeout=0.0, bucket_nbytes=16384, **options
     )
     # Parameters in bfloat16 are then the high halves of their master weights.
     is_split = next(model.parameters()).dtype == torch.bfloat16
@@ -135,11 +148,10 @@ def close(optimizers: list[OffloadAdamW]) -> None:
 @DTYPES
 @pytest.mark.parametrize("end", [close, drop])
 def test_writes_after_the_end_do_not_reach_the_file(
-    end: Callable[[list[OffloadAdamW]], None], dtype: torch.dtype, tmp_path: Path
+    end: Callable[[list[OffloadAdamW]], None], dtype: torch.dtype, place: Place
 ) -> None:
-    folder = str(tmp_path)
     model = net(dtype)
-    optimizers = [optimizer_of(model, folder)]
+    optimizers = [optimizer_of(model, **place)]
     train(model, optimizers[0], 2)
     expected = values(model)
     end(optimizers)
@@ -147,7 +159,7 @@ def test_writes_after_the_end_do_not_reach_the_file(
     with torch.no_grad():
         next(model.parameters()).zero_()
     later = net(dtype, seed=1)
-    second = optimizer_of(later, folder)
+    second = optimizer_of(later, **place)
     assert second.resumed_step is not None
     assert second.resumed_step.step == 2
     assert same(later, expected)
@@ -157,16 +169,15 @@ def test_writes_after_the_end_do_not_reach_the_file(
 @DTYPES
 @pytest.mark.parametrize("end", [close, drop])
 def test_the_next_optimizer_does_not_change_the_old_model(
-    end: Callable[[list[OffloadAdamW]], None], dtype: torch.dtype, tmp_path: Path
+    end: Callable[[list[OffloadAdamW]], None], dtype: torch.dtype, place: Place
 ) -> None:
-    folder = str(tmp_path)
     model = net(dtype)
-    optimizers = [optimizer_of(model, folder)]
+    optimizers = [optimizer_of(model, **place)]
     train(model, optimizers[0])
     expected = values(model)
     end(optimizers)
     later = net(dtype, seed=1)
-    second = optimizer_of(later, folder)
+    second = optimizer_of(later, **place)
     train(later, second, 2)
     assert not any(map(torch.equal, later.parameters(), expected))
     assert same(model, expected)
@@ -178,10 +189,10 @@ import os, sys
 import torch
 from tests.unit.test_kept_private import net, optimizer_of, same, train, values
 
-dtype, folder = getattr(torch, sys.argv[1]), sys.argv[2]
+dtype, place = getattr(torch, sys.argv[1]), {"folder": sys.argv[2], "keep": sys.argv[3]}
 torch.set_num_threads(1)
 model = net(dtype)
-optimizer = optimizer_of(model, folder)
+optimizer = optimizer_of(model, **place)
 train(model, optimizer)
 expected = values(model)
 pid = os.fork()
@@ -202,14 +213,14 @@ train(model, optimizer, 2)  # the parent's pages are still those of the file
 expected = values(model)
 optimizer.close()
 later = net(dtype, seed=1)
-second = optimizer_of(later, folder)
+second = optimizer_of(later, **place)
 assert second.resumed_step.step == 3 and same(later, expected)
 """
 
 
 @DTYPES
-def test_writes_of_a_forked_child_stay_in_it(dtype: torch.dtype, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", FORK, str(dtype).removeprefix("torch."), str(tmp_path)]
+def test_writes_of_a_forked_child_stay_in_it(dtype: torch.dtype, place: Place) -> None:
+    command = [sys.executable, "-c", FORK, str(dtype).removeprefix("torch."), *place.values()]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
 
@@ -247,3 +258,37 @@ def test_a_simulated_device_with_pinned_state_closes(
     assert same(later, expected)
     assert second.state[next(later.parameters())]["exp_avg"].all()
     second.close()
+
+
+def test_parameters_of_discarded_state_are_not_copied(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[Any] = []
+    monkeypatch.setattr(FilePages, "make_private", lambda _, pieces: copied.append(list(pieces)))
+    for discards in (False, True):
+        model = net(torch.float32)
+        optimizer = optimizer_of(model, **place)
+        train(model, optimizer)
+        if discards:
+            optimizer.discard_kept()
+        optimizer.close()
+    assert [bool(pieces) for pieces in copied] == [True, False]
+
+
+def test_training_goes_on_without_its_keeper(caplog: pytest.LogCaptureFixture) -> None:
+    with keeper_folder() as folder:
+        model = net(torch.float32)
+        optimizer = optimizer_of(model, str(folder), "keeper")
+        train(model, optimizer)
+        kill_keeper(folder)
+        assert not caplog.records
+        train(model, optimizer, 3)
+        assert caplog.text.count("no longer kept") == 1
+        expected = net(torch.float32)
+        plain = OffloadAdamW(expected.parameters(), lr=0.1)
+        for num_steps in (1, 3):
+            train(expected, plain, num_steps)
+        assert same(model, values(expected))
+        optimizer.close()
+        plain.close()
+        assert optimizer_of(net(torch.float32), str(folder), "keeper").resumed_step is None

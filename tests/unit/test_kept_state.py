@@ -18,6 +18,7 @@ from offload_adam.errors import KeptInUseError, KeptStateError
 from offload_adam.mindspore import Adam
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from tests.support.devices import HOST_AS_DEVICE
+from tests.support.keepers import keeper_folder
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.* is not in memory:UserWarning",
@@ -205,6 +206,25 @@ def test_the_next_optimizer_continues_to_the_bit(name: str, num_steps: int, fold
     assert_same(second.values(), expected_later)
 
 
+def test_a_keeper_holds_the_state_for_the_next_optimizer() -> None:
+    undisturbed = Run(ADAMW, OffloadPolicy())
+    undisturbed.train(7)
+    with keeper_folder() as folder:
+        policy = OffloadPolicy(keep="keeper", keep_path=str(folder), attach_timeout=0.0)
+        first = Run(ADAMW, policy)
+        first.train(4)
+        with pytest.raises(KeptInUseError, match="is in use by another optimizer of this process"):
+            Run(ADAMW, policy)
+        first.optimizer.close()
+        second = Run(ADAMW, policy)
+        assert second.step == 4
+        second.train(3)
+        assert_same(second.values(), undisturbed.values())
+        second.optimizer.discard_kept()
+        second.optimizer.close()
+        assert Run(ADAMW, policy).step == 0
+
+
 @pytest.mark.parametrize("pin", ["all", "none"])
 @pytest.mark.parametrize("state_format", ["fp32", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -379,7 +399,7 @@ def test_what_cannot_be_kept_is_rejected_at_construction(folder: str) -> None:
 
 def test_what_cannot_be_kept_is_rejected_in_a_step(folder: str) -> None:
     run = Run(adamw(), kept(folder))
-    with pytest.raises(ValueError, match=r"keep='shared'.*constructor must get all parameters"):
+    with pytest.raises(ValueError, match=r"kept state, the constructor must get all parameters"):
         run.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
     assert len(run.optimizer.param_groups) == 2
     run.train(1)
@@ -418,7 +438,7 @@ def test_sparse_gradients_are_rejected(folder: str) -> None:
     table = nn.Embedding(8, 4, sparse=True)
     optimizer = Adam(table.parameters(), offload=kept(folder))
     table(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(ValueError, match=r"sparse gradient, which keep='shared' does not support"):
+    with pytest.raises(ValueError, match=r"sparse gradient, which kept state does not support"):
         optimizer.step()
 
 
