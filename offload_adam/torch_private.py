@@ -12,6 +12,7 @@ Some private names cannot be called through this file, because torch itself look
     state/state_shard.py               `__create_write_items__`     torch.distributed.checkpoint
                                        `__create_chunk_list__`      rejects the tensor
                                        `__get_tensor_shard__`
+    sharded_optimizer/optimizer.py     `_opt_called`                a warning after a resume
     step/forward_waits.py              `_version`, in a list of     no effect
                                        attributes to ignore
 

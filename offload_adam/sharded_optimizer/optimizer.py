@@ -191,6 +191,7 @@ class ShardedOptimizer(FollowsModel):
         add_owner(self)
         if self._kept_values is not None:
             self.resumed_step = self._kept_values.resume(self, self._alive())
+            self._opt_called = self.resumed_step is not None  # else `lr_scheduler.step()` warns
 
     def discard_kept(self) -> None:
         """Delete the kept state of this rank, for example at the end of training. Idempotent.

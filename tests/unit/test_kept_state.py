@@ -22,7 +22,7 @@ from tests.support.keepers import keeper_folder
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.* is not in memory:UserWarning",
-    "ignore:Detected call of `lr_scheduler.step:UserWarning",
+    "error:Detected call of `lr_scheduler.step:UserWarning",
 )
 
 Build = Callable[[nn.Module, OffloadPolicy], ShardedOptimizer]
