@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 C = TypeVar("C")
 
 Keep = Literal["none", "shared", "keeper"]
-"""Whether the state outlives the process: not at all, or in a file in shared memory."""
+"""Whether the state outlives the process: not, in a file in shared memory, or at a keeper."""
 
 Pin = Literal["all", "staging", "none"]
 """Page-locked host memory: state and staging buffers, staging buffers only, or none."""

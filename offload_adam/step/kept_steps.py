@@ -336,7 +336,7 @@ class KeptSteps:
             self._holder.remove()
 
     def close(self, *, copies: bool = True) -> None:
-        """Drop the references to the file, and release its lock.
+        """Drop the references to the file, and let others use it.
 
         The parameters become private: later writes to them do not reach the file.
 
