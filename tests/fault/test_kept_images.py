@@ -48,7 +48,7 @@ CASES = (
     Case("bf16 with fp32 masters", torch.bfloat16, num_ranks=2),
     Case("bf16 state, device", torch.bfloat16, "bf16", simulated=True),
     Case("mixed", torch.bfloat16, "mixed", num_ranks=2),
-    Case("int8", torch.bfloat16, "int8"),
+    Case("int8, saves", torch.bfloat16, "int8", saves=True),
 )
 MORE_CASES = (
     Case("fp32, 2 ranks", num_ranks=2, width=900),
@@ -58,6 +58,8 @@ MORE_CASES = (
     Case("bf16 state", torch.bfloat16, "bf16", width=900),
     Case("mixed, device", torch.bfloat16, "mixed", simulated=True),
     Case("int8, fp32 parameters", torch.float32, "int8", num_ranks=2),
+    Case("fp32, saves", saves=True, width=900),
+    Case("bf16 state, device, saves", torch.bfloat16, "bf16", simulated=True, saves=True),
 )
 UNFINISHED = {"update", "update, several threads", "between updates"}
 NUM_FURTHER = 2
@@ -208,7 +210,9 @@ def run_cases(pool: RankPool, cases: Sequence[Case], folder: Path, num_images: i
 def test_images_resume_to_the_same_bits(pool: RankPool, shared: Path) -> None:
     caught = run_cases(pool, CASES, shared, 10)
     assert caught["update"] + caught["update, several threads"] > 2, caught
-    assert all(caught[place] for place in ("between updates", "agreement", "recovery")), caught
+    assert all(caught[place] for place in ("between updates", "agreement", "recovery", "save")), (
+        caught
+    )
 
 
 @pytest.mark.slow
@@ -224,5 +228,6 @@ def test_a_thousand_images_resume_to_the_same_bits(pool: RankPool, shared: Path)
         "agreement",
         "decided on some ranks",
         "recovery",
+        "save",
     ):
         assert caught[place] > 10, caught

@@ -24,6 +24,7 @@ from offload_adam.kept.folder import FolderHolder
 from offload_adam.kept.holder import NotKeptError
 from offload_adam.kernels.undo import AREA_NBYTES, COUNT, TAG
 from offload_adam.step.kept_launches import launch_number
+from tests.support.kept_training import SAVING
 
 _WAIT_S = 60.0
 _UPDATE_S = 0.0004  # about the time of one launch
@@ -34,7 +35,8 @@ class Image(NamedTuple):
     """A copy of the files of all ranks.
 
     decided: number of the step that was decided last on any rank, 0 if none was.
-    places: what each rank was doing, and "decided on some ranks" if they differ in that.
+    places: what each rank was doing, "decided on some ranks" if they differ in that, and "save"
+        while a checkpoint was being written.
     """
 
     folder: Path
@@ -163,6 +165,7 @@ def take_image(source: Path, target: Path, pids: Sequence[int], delay_s: float) 
     """
     target.mkdir(parents=True)
     with stopped(pids, delay_s):
+        is_saving = (source / SAVING).exists()
         for path in sorted(source.iterdir()):
             if path.suffix != ".lock":
                 shutil.copyfile(path, target / path.name)
@@ -173,4 +176,6 @@ def take_image(source: Path, target: Path, pids: Sequence[int], delay_s: float) 
         file.close()
     if len(decided) > 1:
         places += ("decided on some ranks",)
+    if is_saving:
+        places += ("save",)
     return Image(target, max(decided), places)

@@ -10,19 +10,23 @@ import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from offload_adam import OffloadAdam, OffloadPolicy
+from offload_adam import OffloadAdam, OffloadPolicy, begin_checkpoint
+from offload_adam.checkpoint.background import PendingCheckpoint
 from offload_adam.coordinator.agreement import Notice
 from tests.support.devices import HOST_AS_DEVICE
 
 Digests = dict[str, str]
 """A digest of each tensor, and the other values, by name."""
 
+SAVING = "saving.lock"
+"""File beside the kept state that exists while a checkpoint is being written."""
 _LR = (1e-2, 3e-3)  # of each group
 
 
@@ -32,6 +36,8 @@ class Case(NamedTuple):
     streams: pass the model to the optimizer.
     simulated: parameters are on a simulated device, and updates overlap with the next forward.
     width: the model has about 2.2 * width**2 parameters.
+    saves: while state is kept, checkpoints are written in the background, one after the other. For
+        one rank.
     """
 
     name: str
@@ -42,6 +48,7 @@ class Case(NamedTuple):
     simulated: bool = False
     num_ranks: int = 1
     width: int = 512
+    saves: bool = False
 
 
 class Model(nn.Module):
@@ -117,6 +124,8 @@ class Training:
             offload=policy,
         )
         self.construction_s = time.perf_counter() - start_s
+        self._saving = None if folder is None else folder / SAVING
+        self._pending: PendingCheckpoint | None = None
         self.step = 0
         resumed = self.optimizer.resumed_step
         if resumed is not None:
@@ -145,6 +154,27 @@ class Training:
         self.optimizer.kept_extra = extra
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self._case.saves and self._saving is not None:
+            if self._pending is not None and self._pending.commit_if_written():
+                self._end_save()
+            if self._pending is None:
+                self._checkpoint = TemporaryDirectory()
+                self._saving.touch()
+                path = Path(self._checkpoint.name) / "checkpoint"
+                self._pending = begin_checkpoint(path, model=self.model, optimizer=self.optimizer)
+
+    def _end_save(self) -> None:
+        assert self._saving is not None
+        self._saving.unlink()
+        self._checkpoint.cleanup()
+        self._pending = None
+
+    def close(self) -> None:
+        """Finish the checkpoint, and close the optimizer."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._end_save()
+        self.optimizer.close()
 
     def digests(self) -> Digests:
         """Return the digests of all state of this rank after the last step."""
@@ -198,7 +228,7 @@ def train_until(rank: int, world_size: int, case: Case, folder: Path, end: Path)
         flag.fill_(end.exists())
         if world_size > 1:
             dist.all_reduce(flag)
-    training.optimizer.close()
+    training.close()
     return training.step
 
 
@@ -224,7 +254,7 @@ def _recover(
     for _ in range(num_further):
         training.train()
         found.append(training.digests())
-    training.optimizer.close()
+    training.close()
     return step, found
 
 
