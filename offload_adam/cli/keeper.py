@@ -59,7 +59,7 @@ def stop(
 ) -> None:
     """Stop keepers, which frees the state that they hold.
 
-    Exit codes: 0 done, 1 a keeper has state in use or does not end, or there is none.
+    Exit codes: 0 done, 1 if state is in use, a keeper does not end, or a run has no keeper.
     """
     keepers = _running()
     if everything == bool(folders):

@@ -14,7 +14,7 @@ _OPEN_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class FolderHolder:
-    """See `Holder`. The file has a path, and a lock beside it."""
+    """A `Holder` whose file has a path. Its lock is `<path>.lock`."""
 
     def __init__(self, path: Path) -> None:
         """Use the file of a path; it should be on tmpfs or hugetlbfs."""

@@ -224,6 +224,7 @@ class Keeper:
     def _remove(self, name: str) -> None:
         if name in self._files:
             os.close(self._files.pop(name))
+            del self._created_s[name]
 
     def _release(self, name: str) -> None:
         del self._owners[name]
