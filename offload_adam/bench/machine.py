@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import subprocess
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
@@ -17,6 +16,7 @@ import psutil
 import torch
 
 from offload_adam.kernels import threads
+from offload_adam.profiling.environment import commit_of, cpu_model
 from offload_adam.units import format_nbytes
 from offload_adam.version import __version__
 
@@ -41,7 +41,7 @@ def describe_machine(num_threads: int) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(Path(__file__).parents[2]),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores_allowed": cores,
         "num_threads": num_threads,
         "threading_layer": str(numba.threading_layer()),
@@ -63,21 +63,7 @@ def _commit(folder: Path) -> str | None:
     """
     if not (folder / ".git").exists():
         return os.environ.get("BENCH_COMMIT")
-    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=12", "--dirty=+"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    return commit_of(folder) or None
 
 
 def _transparent_hugepage() -> str | None:

@@ -36,29 +36,37 @@ LATE = "late rank"
 """The part of a wait during which another rank is late. In place of a bucket it has that rank."""
 
 PHASES = {
-    # Okabe and Ito's palette, which color-blind readers can tell apart; shades of one color for one
-    # resource.
+    # Okabe and Ito's palette for six of them. The others were searched for the largest distance
+    # between any two, as seen with normal, protanopic and deuteranopic vision.
     "data": Phase(Resource.DATA, "#E69F00"),
     "forward": Phase(Resource.COMPUTE, "#0072B2"),
     "backward": Phase(Resource.COMPUTE, "#009E73"),
-    "loss": Phase(Resource.COMPUTE, "#8BC9B4"),
-    "pack": Phase(Resource.COPIES, "#F2D29B"),
+    "loss": Phase(Resource.COMPUTE, "#53DDFD"),
+    "pack": Phase(Resource.COPIES, "#5B94FF"),
     "reduce": Phase(Resource.TRANSFERS, "#D55E00"),
-    "agree": Phase(Resource.TRANSFERS, "#F0A875"),
-    "all-reduce": Phase(Resource.TRANSFERS, "#F7CDB0"),
+    "agree": Phase(Resource.TRANSFERS, "#47CB85"),
+    "all-reduce": Phase(Resource.TRANSFERS, "#490E4F"),
     "gather": Phase(Resource.TRANSFERS, "#CC79A7"),
-    "D2H copy": Phase(Resource.COPIES, "#C9B400"),
-    "H2D copy": Phase(Resource.COPIES, "#F0E442"),
-    "norm": Phase(Resource.UPDATE, "#A9D8F5"),
+    "D2H copy": Phase(Resource.COPIES, "#9E412F"),
+    "H2D copy": Phase(Resource.COPIES, "#58E688"),
+    "norm": Phase(Resource.UPDATE, "#360677"),
     "update": Phase(Resource.UPDATE, "#56B4E9"),
-    "device update": Phase(Resource.UPDATE, "#86C9EF"),
-    "checkpoint wait": Phase(Resource.CHECKPOINTS, "#7F6A5A"),
-    "update wait": Phase(Resource.UPDATE, "#D8E8F2"),
-    "wait previous": Phase(Resource.UPDATE, "#BFD9E8"),
-    "edits": Phase(Resource.UPDATE, "#9DB8C7"),
-    LATE: Phase(Resource.LATENESS, "#B2182B"),
+    "device update": Phase(Resource.UPDATE, "#5F69F0"),
+    "checkpoint wait": Phase(Resource.CHECKPOINTS, "#8C065D"),
+    "update wait": Phase(Resource.UPDATE, "#DBD137"),
+    "wait previous": Phase(Resource.UPDATE, "#550028"),
+    "edits": Phase(Resource.UPDATE, "#502A9E"),
+    LATE: Phase(Resource.LATENESS, "#8C1A1A"),
 }
 """Spans with other names are charged to no resource."""
+EXPOSED = "exposed"
+"""Time that the optimizer takes of the training thread."""
+COLORS = {name: phase.color for name, phase in PHASES.items()} | {
+    "step": "#686868",
+    "other": "#C4C4C4",
+    EXPOSED: "#000000",
+}
+"""The colors of charts by name; spans with other names have that of "other"."""
 
 WAITS = frozenset({"update wait", "wait previous", "reduce", "norm"})
 """Spans in which the training thread may wait for another thread of its rank. If other threads work

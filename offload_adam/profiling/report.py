@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from offload_adam.errors import MissingExtraError
-from offload_adam.profiling import charts
+from offload_adam.profiling.charts import Chart
+from offload_adam.profiling.curves import loss, memory
 from offload_adam.profiling.diagnosis import Diagnosis
+from offload_adam.profiling.glossary import GLOSSARY
+from offload_adam.profiling.lateness import with_late_ranks
 from offload_adam.profiling.peak import Peak, peaks_of, place_of
-from offload_adam.profiling.phases import Resource
-from offload_adam.profiling.profile import RankProfile
+from offload_adam.profiling.phases import COLORS, Resource
+from offload_adam.profiling.profile import RankProfile, steps_of
+from offload_adam.profiling.timelines import gantt, split
 from offload_adam.units import format_nbytes
 
 TOLERANCE = 0.02
@@ -32,6 +37,7 @@ class ReportInputs:
     buckets: bytes by bucket and category, on rank 0.
     planned_ms: milliseconds that a step was predicted to spend on a resource, and the source of
         its speed.
+    environment: where and how the report was made, by name.
     """
 
     title: str
@@ -43,40 +49,67 @@ class ReportInputs:
     memory_gb_per_s: float | None = None
     buckets: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
     planned_ms: Mapping[Resource, tuple[float, str]] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_report(inputs: ReportInputs, path: Path) -> None:
     """Write the report, which loads nothing from the network.
 
     Raises:
-        MissingExtraError: plotly is not installed.
+        MissingExtraError: vl-convert-python, which has Vega-Lite, is not installed.
     """
     try:
-        import plotly.io
-        from plotly.offline import get_plotlyjs
+        import vl_convert
     except ImportError as error:
         raise MissingExtraError(
-            "report.html needs plotly: pip install 'offload-adam[report]'"
+            "report.html needs vl-convert-python: pip install 'offload-adam[report]'"
         ) from error
-    # Without the mode bar, which would cover the legend. A double click resets the zoom.
-    config = {"responsive": True, "displayModeBar": False}
-    options = {"full_html": False, "include_plotlyjs": False, "config": config}
     sections = [
         f"<h2>{html.escape(chart.title)}</h2><p>{html.escape(chart.caption)}</p>"
-        + plotly.io.to_html(chart.figure, div_id=f"chart-{chart.key}", **options)
-        for chart in charts.all_charts(inputs.profiles, inputs.records, inputs.predicted)
+        f'<div class="chart" id="chart-{chart.key}"></div>'
+        f'<script type="application/json" id="spec-{chart.key}">{_json(chart.spec)}</script>'
+        for chart in _charts(inputs)
     ]
     diagnosis, peaks = inputs.diagnosis, peaks_of(inputs.profiles)
     page = _PAGE.format(
         title=html.escape(inputs.title),
         sentence=html.escape(diagnosis.sentence if diagnosis else "No whole step was recorded."),
         notes="\n".join(f"<p>{html.escape(note)}</p>" for note in _notes(inputs, peaks)),
-        tables="\n".join(_bytes_table(inputs, peak) for peak in peaks),
+        tables="\n".join(_bytes_table(inputs, peak) for peak in peaks) or "<p>Not sampled.</p>",
         buckets=_buckets_table(inputs.buckets),
         charts="\n".join(sections),
-        script=get_plotlyjs(),
+        glossary=_definitions(GLOSSARY),
+        environment=_definitions(inputs.environment),
+        script=vl_convert.javascript_bundle(),
     )
     path.write_text(page, encoding="utf-8")
+
+
+def _charts(inputs: ReportInputs) -> Iterator[Chart]:
+    """Yield the charts for which there is data."""
+    profiles = inputs.profiles
+    if profiles and steps_of(profiles[0].spans):
+        divided = with_late_ranks(profiles)
+        yield gantt(divided)
+        yield split(divided)
+    if profiles and profiles[0].samples:
+        yield from memory(profiles[0], inputs.predicted)
+    if inputs.records:
+        yield loss(inputs.records)
+
+
+def _json(spec: Mapping[str, Any]) -> str:
+    """Return JSON that may stand in a script element: `</script>` in a name cannot end it."""
+    return json.dumps(spec, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _definitions(meanings: Mapping[str, str]) -> str:
+    """Return a list of names with their meanings, phases with their color."""
+    items = []
+    for name, meaning in meanings.items():
+        color = f' style="border-color: {COLORS[name]}"' if name in COLORS else ""
+        items.append(f"<dt{color}>{html.escape(name)}</dt><dd>{html.escape(meaning)}</dd>")
+    return f"<dl>{''.join(items)}</dl>"
 
 
 def _notes(inputs: ReportInputs, peaks: Sequence[Peak]) -> Iterator[str]:
@@ -162,10 +195,15 @@ _PAGE = """<!doctype html>
 <link rel="icon" href="data:,">
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; margin: auto; padding: 1rem; max-width: 1240px; }}
+body {{ color: #222; background: #fff; }}
 table {{ border-collapse: collapse; margin-top: .5rem; }}
 td {{ padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid #d5dae0; white-space: nowrap; }}
 tr:first-child {{ font-weight: 600; }}
 td:nth-child(n+2):nth-child(-n+5) {{ text-align: right; }}
+.chart {{ width: 100%; }}
+dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; }}
+dt {{ border-left: 1rem solid transparent; padding-left: .5rem; font-weight: 600; }}
+dd {{ margin: 0; overflow-wrap: anywhere; }}
 </style>
 <script>{script}</script>
 </head>
@@ -176,7 +214,19 @@ td:nth-child(n+2):nth-child(-n+5) {{ text-align: right; }}
 <h2>What used the memory</h2>
 {tables}
 <details><summary>By bucket, on rank 0</summary>{buckets}</details>
+<p>In the charts below, rest the pointer on a mark to read its values, and click a name in the
+legend to see it alone. Ctrl and the mouse wheel zoom, dragging moves, and a double click resets.
+</p>
 {charts}
+<details><summary>What the names mean</summary>{glossary}</details>
+<h2>How this report was made</h2>
+{environment}
+<script>
+for (const chart of document.querySelectorAll(".chart")) {{
+  const spec = JSON.parse(document.getElementById(chart.id.replace("chart", "spec")).textContent);
+  vegaEmbed(chart, spec, {{ actions: false, renderer: "svg" }});
+}}
+</script>
 </body>
 </html>
 """

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from offload_adam.plan.inputs import Training
 from offload_adam.plan.prediction import predict
 from offload_adam.plan.timing import predict_time, update_nbytes
 from offload_adam.profiling.diagnosis import Diagnosis, RunFacts, diagnose
+from offload_adam.profiling.environment import describe_environment
 from offload_adam.profiling.json_lines import read_objects
 from offload_adam.profiling.peak import peaks_of
 from offload_adam.profiling.phases import Resource
@@ -68,7 +70,7 @@ def _gradients(job: Job) -> Iterator[LedgerEntry]:
 
 
 def _report(job: Job, profiles: Sequence[RankProfile]) -> None:
-    """Log the diagnosis and the memory peaks, and write the report if plotly is installed."""
+    """Log the diagnosis and the memory peaks, and write the report if its extra is installed."""
     path = run_folder(job.config) / REPORT_NAME
     found = diagnose(profiles, facts_of(job))
     for item in [found, *peaks_of(profiles)]:
@@ -116,6 +118,9 @@ def _inputs(job: Job, profiles: Sequence[RankProfile], found: Diagnosis | None) 
         memory_gb_per_s=None if achieved is None else limit_gb_per_s(job),
         buckets=by_bucket(job.optimizer.memory_ledger()),
         planned_ms=_planned_ms(specs, training),
+        environment=describe_environment(
+            job.world.device, [profile.host for profile in profiles], Path.cwd()
+        ),
     )
 
 

@@ -17,7 +17,7 @@ from tests.support.devices import HOST_AS_DEVICE
 from tests.support.torchrun import run_two_ranks
 from tests.unit.test_train_alone import SMALL, run
 
-pytest.importorskip("plotly")
+pytest.importorskip("vl_convert")
 
 ROOT = Path(__file__).parents[2]
 TRAIN = SMALL["train"] | {"num_steps": 4}

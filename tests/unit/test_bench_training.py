@@ -431,7 +431,8 @@ def test_an_error_in_the_contenders_process_is_the_reason() -> None:
 def test_it_needs_neither_pydantic_nor_typer_nor_rich() -> None:
     code = (
         "import sys\n"
-        "for name in ('pydantic', 'typer', 'rich', 'yaml', 'plotly'): sys.modules[name] = None\n"
+        "for name in ('pydantic', 'typer', 'rich', 'yaml', 'vl_convert'):\n"
+        "    sys.modules[name] = None\n"
         "import offload_adam.bench.__main__\n"
         "import offload_adam.doctor.bandwidth\n"
     )

@@ -225,7 +225,7 @@ blocked = {{
     for module, owners in importlib.metadata.packages_distributions().items()
     if not any(re.sub("[-_.]+", "-", owner).lower() in allowed for owner in owners)
 }} - {{"offload_adam", "tests"}}
-blocked |= {{"pydantic", "plotly", "rich", "typer", "yaml", "hypothesis", "pytest_timeout"}}
+blocked |= {{"pydantic", "rich", "typer", "vl_convert", "yaml", "hypothesis", "pytest_timeout"}}
 sys.modules.update(dict.fromkeys(blocked))
 for name in {["tests.conftest", *modules]}: importlib.import_module(name)
 """

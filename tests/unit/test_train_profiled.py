@@ -64,7 +64,7 @@ def test_a_profiled_run_is_the_same_run(tmp_path: Path, optimizer: dict[str, Any
     samples = [json.loads(line) for line in (folder / "memory.jsonl").read_text().splitlines()]
     assert samples[-1]["ledger"]["exp_avg"] > 0
     assert samples[-1]["rss"] > samples[-1]["ledger"]["exp_avg"]
-    pytest.importorskip("plotly")
+    pytest.importorskip("vl_convert")
     assert "A step takes" in (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -84,7 +84,7 @@ def test_without_profiling_nothing_is_written(tmp_path: Path) -> None:
 def test_the_report_compares_updates_with_what_doctor_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("plotly")
+    pytest.importorskip("vl_convert")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     bandwidth_cache.keep(bandwidth_cache.Bandwidth({1: 20.0}, 2.0))
     run_with(tmp_path, {**SMALL, "train": STEPS, "profile": {"enabled": True}})

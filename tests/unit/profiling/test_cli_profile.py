@@ -1,11 +1,10 @@
-"""`offload-adam profile`: the files it writes, with and without plotly, and its exit codes."""
+"""`offload-adam profile`: the files it writes, with and without its extra, and its exit codes."""
 
 from __future__ import annotations
 
-import builtins
 import logging
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -26,21 +25,14 @@ def profile(folder: Path, *overrides: str) -> tuple[int, set[str]]:
 
 
 def test_the_command_profiles_a_run(tmp_path: Path) -> None:
-    pytest.importorskip("plotly")
+    pytest.importorskip("vl_convert")
     assert profile(tmp_path) == (0, ALWAYS | {"report.html"})
 
 
-def test_without_plotly_all_else_is_written_and_the_extra_is_named(
+def test_without_the_extra_all_else_is_written_and_it_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    imported = builtins.__import__
-
-    def refuse(name: str, *arguments: Any, **keywords: Any) -> Any:
-        if name.startswith("plotly"):
-            raise ImportError(name)
-        return imported(name, *arguments, **keywords)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
     with caplog.at_level(logging.INFO):
         assert profile(tmp_path) == (0, ALWAYS)
     assert "pip install 'offload-adam[report]'" in caplog.text
