@@ -15,7 +15,6 @@ _CONFIG: Spec = {
     "legend": {
         "orient": "top",
         "direction": "horizontal",
-        "columns": 7,
         "labelFontSize": 13,
         "labelLimit": 240,
         "symbolType": "square",
@@ -43,10 +42,15 @@ class Chart(NamedTuple):
     spec: Spec
 
 
-def spec(layers: Sequence[Spec], height: int, **rest: Any) -> Spec:
-    """Return a chart of layers, `height` pixels high and as wide as the page."""
+def spec(title: str, layers: Sequence[Spec], height: int, **rest: Any) -> Spec:
+    """Return a chart of layers, `height` pixels high and as wide as the page.
+
+    Args:
+        title: read out by screen readers; the page has it as a heading.
+    """
     return {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
+        "description": title,
         "width": "container",
         "height": height,
         "autosize": {"type": "fit-x", "contains": "padding"},
@@ -64,7 +68,10 @@ def number(field: str, title: str, **scale: Any) -> Spec:
 def colored(colors: Mapping[str, str], **rest: Any) -> Spec:
     """Return the encoding that colors marks by name, and lists the names in a legend."""
     scale = {"domain": list(colors), "range": list(colors.values())}
-    return {"type": "nominal", "scale": scale, "title": None, **rest}
+    # Vega does not wrap a legend by itself: at most 6 columns on a page 1000 pixels wide.
+    columns = min(6, max(1, 1000 // (60 + 8 * max(map(len, colors)))))
+    legend = {"columns": columns}
+    return {"type": "nominal", "scale": scale, "title": None, "legend": legend, **rest}
 
 
 def chosen_in_legend(field: str) -> tuple[Spec, Spec]:

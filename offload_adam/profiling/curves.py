@@ -75,10 +75,12 @@ def memory(profile: RankProfile, predicted: Mapping[str, int]) -> Iterator[Chart
             "other process shares."
         )
         key, title = f"memory-{index}", f"Memory of rank {profile.rank}, {place}"
-        yield Chart(key, title, caption, _areas(areas, lines, [*names, REST], unit))
+        yield Chart(key, title, caption, _areas(title, areas, lines, [*names, REST], unit))
 
 
-def _areas(areas: Sequence[Spec], lines: Sequence[Spec], names: Sequence[str], unit: str) -> Spec:
+def _areas(
+    title: str, areas: Sequence[Spec], lines: Sequence[Spec], names: Sequence[str], unit: str
+) -> Spec:
     """Return a chart of stacked areas by `name`, with lines by `line` over them."""
     colors = {name: _MUTED[i % len(_MUTED)] for i, name in enumerate(names)} | {REST: _REST_COLOR}
     chosen, opacity = chosen_in_legend("name")
@@ -127,7 +129,7 @@ def _areas(areas: Sequence[Spec], lines: Sequence[Spec], names: Sequence[str], u
         },
     }
     layers = [stacked, over, readings] if lines else [stacked, readings]
-    return spec(layers, 320, datasets={"areas": list(areas)})
+    return spec(title, layers, 320, datasets={"areas": list(areas)})
 
 
 def _finite(value: Any) -> float | None:
@@ -197,4 +199,4 @@ def loss(records: Sequence[Mapping[str, Any]]) -> Chart:
         f"{len(skipped)} of {len(records)} steps were skipped. The thick line is a moving "
         f"average over about {window} steps.{thinned}"
     )
-    return Chart("loss", "Loss", caption, spec(layers, 320, data={"values": rows}))
+    return Chart("loss", "Loss", caption, spec("Loss", layers, 320, data={"values": rows}))

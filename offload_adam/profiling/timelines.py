@@ -24,6 +24,7 @@ _ROW_HEIGHT = 40  # pixels
 
 
 def _bars(
+    title: str,
     rows: Mapping[str, Sequence[Span]],
     x_title: str,
     y_title: str,
@@ -86,7 +87,7 @@ def _bars(
         "mark": {"type": "bar", "clip": True, "height": 4, "yOffset": 15, "tooltip": None},
         "encoding": {**places, "color": {"datum": EXPOSED}},
     }
-    return spec([bars, strip] if exposed else [bars], _ROW_HEIGHT * len(rows))
+    return spec(title, [bars, strip] if exposed else [bars], _ROW_HEIGHT * len(rows))
 
 
 def _place(row: str, span: Span) -> Spec:
@@ -119,7 +120,9 @@ def gantt(profiles: Sequence[RankProfile]) -> Chart:
         if name in rows:
             exposed[name] = exposed_spans(rows[name], end_ns)
     drawn, num_left_out = _longest(rows)
+    title = "One step on every rank and thread"
     bars = _bars(
+        title,
         drawn,
         f"time since step {step.bucket} began on rank 0, ms",
         "rank: thread",
@@ -139,7 +142,7 @@ def gantt(profiles: Sequence[RankProfile]) -> Chart:
         "optimizer instead of the model. The number after a phase is the bucket; after `late "
         f"rank`, the rank that is late.{left_out}"
     )
-    return Chart("gantt", "One step on every rank and thread", caption, bars)
+    return Chart("gantt", title, caption, bars)
 
 
 def _longest(rows: Mapping[str, Sequence[Span]]) -> tuple[dict[str, list[Span]], int]:
@@ -172,5 +175,6 @@ def split(profiles: Sequence[RankProfile]) -> Chart:
         "Mean time of the training thread in each phase. "
         "Time in a nested phase counts only for the inner one."
     )
-    bars = _bars(rows, "mean time of a step, ms", "rank")
-    return Chart("split", "Where a step goes", caption, bars)
+    title = "Where a step goes"
+    bars = _bars(title, rows, "mean time of a step, ms", "rank")
+    return Chart("split", title, caption, bars)

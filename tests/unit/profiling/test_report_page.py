@@ -17,7 +17,7 @@ from offload_adam.profiling.profile import RankProfile
 from offload_adam.profiling.report import ReportInputs, write_report
 from offload_adam.profiling.timelines import MAX_BARS
 from offload_adam.spans import Span
-from tests.unit.profiling.report_page import Page, bars, drawn, read_page, values_of
+from tests.support.report_page import Page, bars, drawn, read_page, values_of
 from tests.unit.profiling.synthetic import MS, NUM_STEPS, PHASES, profile
 
 pytest.importorskip("vl_convert")
