@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from offload_adam.layout.budget import Category
+from offload_adam.profiling.peak import REST
 from offload_adam.profiling.phases import EXPOSED, LATE
 
 GLOSSARY = {
@@ -34,13 +36,26 @@ GLOSSARY = {
     "rank": "One of the processes that train together.",
     "bucket": "Parameters that are averaged, updated and copied together.",
     # Memory.
-    "slots": "Buffers into which gradients are packed, and in which they are averaged.",
-    "gradient shards": "A rank's part of the averaged gradients.",
-    "staging": "Buffers of copies between host and device.",
-    "master_weight": "The fp32 copy of the parameters.",
+    Category.PARAMETERS: "The model's trainable weights.",
+    Category.GRADIENTS: "Gradients that stay in `.grad`.",
+    Category.GRADIENT_SHARDS: "A rank's part of the averaged gradients.",
+    Category.ACCUMULATORS: "Sums of the gradients of several backwards.",
+    Category.STATE: "Master weights and moments of a rank's part of the parameters.",
+    "master_weight": "The fp32 copy of the parameters, or its upper half.",
+    "master_remainder": "The bits of the master weight that the parameter lacks.",
     "exp_avg": "Adam's first moment.",
     "exp_avg_sq": "Adam's second moment.",
-    "block_sums": "Sums of squares of the gradients, for their norm.",
+    "max_exp_avg_sq": "The largest second moment so far, of AMSGrad.",
+    "exponents": "One for each block of moments in 8-bit codes.",
+    Category.SLOTS: "Buffers into which gradients are packed, and in which they are averaged.",
+    Category.STAGING: "Buffers of copies between host and device.",
+    Category.BLOCK_SUMS: "Sums of squares of the gradients, for their norm.",
+    Category.PREPARED: "Centralized and sparse gradients, as the kernel reads them.",
+    Category.KEPT_RECORDS: "What a new process needs to complete the step of a killed one.",
+    Category.SNAPSHOT_BUFFER: "Copies for a checkpoint that is written in the background.",
+    Category.CHECKPOINT_WRITER: "Buffers of a checkpoint that is being written.",
+    Category.GATHERED: "Layers that FSDP2 has gathered, and gradients that it averages.",
+    REST: "Activations, data, libraries, and all else that is not listed.",
     "predicted": "Computed from the model and the settings, as `offload-adam plan` does.",
     "USS": "Unique set size: the memory of a process that no other process shares.",
 }

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from offload_adam.layout.budget import Category
 from offload_adam.profiling.glossary import GLOSSARY
 from offload_adam.profiling.phases import COLORS, LATE
 from offload_adam.profiling.profile import RankProfile
 from offload_adam.profiling.report import ReportInputs, write_report
 from offload_adam.profiling.timelines import MAX_BARS
-from offload_adam.spans import Span
+from offload_adam.spans import RANGES, Span
 from tests.support.report_page import Page, bars, drawn, read_page, values_of
 from tests.unit.profiling.synthetic import MS, NUM_STEPS, PHASES, profile
 
@@ -177,8 +178,11 @@ def test_a_name_cannot_end_its_script(tmp_path: Path) -> None:
     assert name in page.specs["gantt"]["layer"][0]["encoding"]["color"]["scale"]["domain"]
 
 
-def test_every_name_of_a_phase_is_explained(tmp_path: Path) -> None:
-    assert COLORS.keys() <= GLOSSARY.keys()
+def test_every_name_is_explained(tmp_path: Path) -> None:
+    assert COLORS.keys() | RANGES.keys() <= GLOSSARY.keys()
+    categories = {value for name, value in vars(Category).items() if name.isupper()}
+    assert categories <= GLOSSARY.keys()
+    assert all(meaning.endswith(".") for meaning in GLOSSARY.values())
     page = written(tmp_path, [profile(0)], environment={"Command": "train <it>"})
     assert GLOSSARY[LATE] in page.text
     assert "Commandtrain <it>" in page.text
