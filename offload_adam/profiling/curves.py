@@ -20,8 +20,8 @@ from offload_adam.profiling.charts import (
 from offload_adam.profiling.peak import REST, parts_of, place_of, total_of
 from offload_adam.profiling.profile import RankProfile
 
-MAX_POINTS = 2_500
-"""Of all categories of memory together. The report of a long run has no more, to stay small."""
+MAX_POINTS = 1_200
+"""Of all categories of memory in one place together, so that the report of a long run is small."""
 MAX_STEPS = 1_000
 """Of the loss."""
 _SMOOTHED_SHARE = 0.02
@@ -40,42 +40,51 @@ def _thinned(values: Sequence[_T], key: Callable[[_T], float], most: int) -> lis
 
 def memory(profile: RankProfile, predicted: Mapping[str, int]) -> Iterator[Chart]:
     """Yield a chart of the memory of the process, and of each device."""
-    begin_ns = profile.samples[0]["time_ns"]
     places = [place_of(name) for sample in profile.samples for name in sample["ledger"]]
-    num_names = len({name for sample in profile.samples for name in sample["ledger"]}) + 1
-    thin = partial(_thinned, most=max(50, MAX_POINTS // num_names))
+    for index, place in enumerate(dict.fromkeys(["host", *places])):
+        planned = sum(nbytes for name, nbytes in predicted.items() if place_of(name) == place)
+        caption = "Memory by category."
+        if planned:
+            caption += f" The dashed line is the predicted total, without {REST}."
+        if place == "host":
+            caption += (
+                " The dotted line is the part of the process's memory that no other process shares."
+            )
+        title = f"Memory of rank {profile.rank}, {place}"
+        yield Chart(f"memory-{index}", title, caption, _held(title, profile, place, planned))
+
+
+def _held(title: str, profile: RankProfile, place: str, planned: int) -> Spec:
+    """Return the chart of one place.
+
+    Args:
+        planned: bytes, 0 if they are not known.
+    """
+    own = [sample for sample in profile.samples if place == "host" and "uss" in sample]
+    names = {n: None for s in profile.samples for n in parts_of(s, place) if n != REST}
+    most = max(50, MAX_POINTS // (len(names) + 1))
+    samples = _thinned(profile.samples, partial(total_of, where=place), most)
+    largest = max(total_of(sample, place) for sample in samples)
+    unit, nbytes_of_unit = ("GiB", 2**30) if largest >= 2**30 else ("MiB", 2**20)
+    begin_ns = profile.samples[0]["time_ns"]
 
     def point(sample: Mapping[str, Any], nbytes: int, **rest: Any) -> Spec:
         seconds = (sample["time_ns"] - begin_ns) / 1e9
         return {"s": round(seconds, 4), "held": round(nbytes / nbytes_of_unit, 4), **rest}
 
-    for index, place in enumerate(dict.fromkeys(["host", *places])):
-        samples = thin(profile.samples, partial(total_of, where=place))
-        largest = max(total_of(sample, place) for sample in samples)
-        unit, nbytes_of_unit = ("GiB", 2**30) if largest >= 2**30 else ("MiB", 2**20)
-        parts = [parts_of(sample, place) for sample in samples]
-        names = list(dict.fromkeys(name for part in parts for name in part if name != REST))
-        areas = [
-            point(sample, part.get(name, 0), name=name, order=order)
-            for order, name in enumerate([*names, REST])
-            for sample, part in zip(samples, parts, strict=True)
-        ]
-        planned = sum(nbytes for name, nbytes in predicted.items() if place_of(name) == place)
-        ends = (samples[0], samples[-1]) if planned else ()
-        lines = [point(sample, planned, line="predicted") for sample in ends]
-        if place == "host":
-            own = [sample for sample in profile.samples if "uss" in sample]
-            lines += [
-                point(sample, sample["uss"], line="not shared (USS)")
-                for sample in thin(own, lambda sample: sample["uss"])
-            ]
-        caption = (
-            "Memory by category. The dashed line is the predicted total, without "
-            f"{REST}. The dotted line is the part of the process's memory that no "
-            "other process shares."
-        )
-        key, title = f"memory-{index}", f"Memory of rank {profile.rank}, {place}"
-        yield Chart(key, title, caption, _areas(title, areas, lines, [*names, REST], unit))
+    parts = [parts_of(sample, place) for sample in samples]
+    areas = [
+        point(sample, part.get(name, 0), name=name, order=order)
+        for order, name in enumerate([*names, REST])
+        for sample, part in zip(samples, parts, strict=True)
+    ]
+    ends = (samples[0], samples[-1]) if planned else ()
+    lines = [point(sample, planned, line="predicted") for sample in ends]
+    lines += [
+        point(sample, sample["uss"], line="not shared (USS)")
+        for sample in _thinned(own, lambda sample: sample["uss"], most)
+    ]
+    return _areas(title, areas, lines, [*names, REST], unit)
 
 
 def _areas(

@@ -18,9 +18,10 @@ from offload_adam.profiling.profile import (
 )
 from offload_adam.spans import NO_BUCKET, Span
 
-MAX_BARS = 2_000
+MAX_BARS = 1_800
 """Of one step: the shortest spans of a step on many ranks are left out, to keep the file small."""
 _ROW_HEIGHT = 40  # pixels
+_TRAINING = ": training"
 
 
 def _bars(
@@ -38,7 +39,6 @@ def _bars(
         exposed: spans to mark by a line below the bars of a row.
         end_ms: where the axis ends; the chart can then be zoomed.
     """
-
     values = [
         {**_place(row, span), "phase": span.name, "label": label_of(span)}
         for row, spans in rows.items()
@@ -101,24 +101,9 @@ def gantt(profiles: Sequence[RankProfile]) -> Chart:
     steps = steps_of(profiles[0].spans)
     by_length = sorted(steps[1:] or steps, key=lambda step: step.end_ns - step.start_ns)
     step = by_length[(len(by_length) - 1) // 2]
-    end_ns = step.end_ns - step.start_ns
-    rows: dict[str, list[Span]] = defaultdict(list)
-    exposed: dict[str, Sequence[Span]] = {}
-    for profile in profiles:
-        training = {one.thread for one in steps_of(profile.spans)}
-        for span in profile.spans:
-            # Rows in order of their first span, also an earlier one: the training thread is first.
-            name = "training" if span.thread in training else span.thread
-            row = rows[f"rank {profile.rank}: {name}"]
-            if span.name != STEP and span.end_ns > step.start_ns and span.start_ns < step.end_ns:
-                row.append(
-                    span._replace(
-                        start_ns=span.start_ns - step.start_ns, end_ns=span.end_ns - step.start_ns
-                    )
-                )
-        name = f"rank {profile.rank}: training"
-        if name in rows:
-            exposed[name] = exposed_spans(rows[name], end_ns)
+    length_ns = step.end_ns - step.start_ns
+    rows = {row: spans for one in profiles for row, spans in _rows_in(step, one).items()}
+    exposed = {row: exposed_spans(rows[row], length_ns) for row in rows if row.endswith(_TRAINING)}
     drawn, num_left_out = _longest(rows)
     title = "One step on every rank and thread"
     bars = _bars(
@@ -127,7 +112,7 @@ def gantt(profiles: Sequence[RankProfile]) -> Chart:
         f"time since step {step.bucket} began on rank 0, ms",
         "rank: thread",
         exposed={row: s for row, s in _longest(exposed)[0].items() if row in drawn},
-        end_ms=end_ns / 1e6,
+        end_ms=length_ns / 1e6,
     )
     sums_ms = {
         row: sum(span.end_ns - span.start_ns for span in spans) / 1e6
@@ -136,13 +121,29 @@ def gantt(profiles: Sequence[RankProfile]) -> Chart:
     listed = ", ".join(f"{row.partition(':')[0]} {ms:.1f} ms" for row, ms in sums_ms.items())
     left_out = f" The {num_left_out} shortest spans are left out." if num_left_out else ""
     caption = (
-        f"Step {step.bucket}, which has the median length on rank 0 ({end_ns / 1e6:.1f} ms). Bars "
-        "below each other run at the same time; all times are on rank 0's clock. The black line "
-        f"under a training thread marks exposed time ({listed}): the thread runs or waits for the "
-        "optimizer instead of the model. The number after a phase is the bucket; after `late "
+        f"Step {step.bucket}, which has the median length on rank 0 ({length_ns / 1e6:.1f} ms). "
+        "Bars below each other run at the same time; all times are on rank 0's clock. The black "
+        f"line under a training thread marks exposed time ({listed}): the thread runs or waits for "
+        "the optimizer instead of the model. The number after a phase is the bucket; after `late "
         f"rank`, the rank that is late.{left_out}"
     )
     return Chart("gantt", title, caption, bars)
+
+
+def _rows_in(step: Span, profile: RankProfile) -> dict[str, list[Span]]:
+    """Return the spans of a rank by row that overlap with a step, on the clock of this step.
+
+    The training thread comes first, and other threads in the order of their first span.
+    """
+    training = {one.thread for one in steps_of(profile.spans)}
+    rows: dict[str, list[Span]] = {f"rank {profile.rank}{_TRAINING}": []}
+    for span in profile.spans:
+        name = _TRAINING if span.thread in training else f": {span.thread}"
+        row = rows.setdefault(f"rank {profile.rank}{name}", [])
+        if span.name != STEP and span.end_ns > step.start_ns and span.start_ns < step.end_ns:
+            start_ns, end_ns = span.start_ns - step.start_ns, span.end_ns - step.start_ns
+            row.append(span._replace(start_ns=start_ns, end_ns=end_ns))
+    return rows
 
 
 def _longest(rows: Mapping[str, Sequence[Span]]) -> tuple[dict[str, list[Span]], int]:
