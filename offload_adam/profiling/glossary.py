@@ -31,7 +31,8 @@ GLOSSARY = {
     "edits": "Find weights that were modified outside the optimizer.",
     LATE: "Wait for a rank that enters a collective later. Only then does the transfer begin.",
     EXPOSED: "Time in which the training thread runs the optimizer or waits for it, and so does "
-    "not work on the model. The rest of the optimizer's time is hidden behind the model's.",
+    "not work on the model. On a GPU, kernels that were launched before may run meanwhile. The "
+    "rest of the optimizer's time is hidden behind the model's.",
     # What they work on.
     "rank": "One of the processes that train together.",
     "bucket": "Parameters that are averaged, updated and copied together.",
