@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -16,36 +16,58 @@ from offload_adam.cli.output import (
     require_folder_of,
     write_text,
 )
+from offload_adam.cli.quantities import parse_count, parse_nbytes, parse_share, parse_speed
 from offload_adam.cli.train import EXIT_DOES_NOT_FIT, OverridesArgument, load_arguments
 from offload_adam.printable import show
 
 if TYPE_CHECKING:
     from offload_adam.layout.flat import ParameterSpec
     from offload_adam.options import StateFormat
-    from offload_adam.plan.inputs import Machine, Training
+    from offload_adam.plan.inputs import Machine
+    from offload_adam.plan.setup import Setup
 
 # GB/s or TFLOPS: far beyond all hardware, so that no predicted time overflows.
 _LEAST_SPEED, _MOST_SPEED = 1e-6, 10**9
 _ITEMSIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_SEQUENCE_LENGTH = 4096
 
 
 def plan(
     config: Annotated[
-        str | None, typer.Argument(metavar="CONFIG", help="A YAML file. Or give --params.")
+        str | None,
+        typer.Argument(metavar="CONFIG", help="A YAML file. Or give --model or --params."),
     ] = None,
     overrides: OverridesArgument = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="A Hugging Face config.json, or the folder with it. Nothing is downloaded.",
+        ),
+    ] = None,
     params: Annotated[
-        float | None, typer.Option(help="Number of parameters, such as 7e9, instead of CONFIG.")
+        str | None, typer.Option(metavar="N", help="Number of parameters, such as 7B or 350M.")
     ] = None,
     param_dtype: Annotated[
-        str, typer.Option(help="With --params, their dtype: fp32, bf16 or fp16.")
+        str, typer.Option(help="With --model or --params, their dtype: fp32, bf16 or fp16.")
     ] = "bf16",
-    world_size: Annotated[int, typer.Option(help="Number of ranks.")] = 1,
+    trainable: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help="With --model or --params, the trained share, such as 1%. The rest is frozen.",
+        ),
+    ] = None,
+    world_size: Annotated[int, typer.Option(help="Number of ranks, one for each GPU.")] = 1,
     local_world_size: Annotated[
         int | None, typer.Option(help="Number of ranks on a node. By default all ranks.")
     ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The GPU, such as H100 or RTX-4090.")
+    ] = None,
     gpu_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory of one GPU, such as 80GiB.")
+        str | None,
+        typer.Option(metavar="SIZE", help="Instead of --gpu, usable memory of one, such as 79GiB."),
     ] = None,
     host_memory: Annotated[
         str | None,
@@ -60,20 +82,46 @@ def plan(
     fit: Annotated[
         bool, typer.Option("--fit", help="Plan with the most exact state format that fits.")
     ] = False,
+    fsdp2: Annotated[
+        bool,
+        typer.Option("--fsdp2", help="FSDP2 shards the parameters. In CONFIG: section parallel."),
+    ] = False,
+    replicate: Annotated[
+        int | None, typer.Option(help="With --fsdp2, number of copies of the parameters (HSDP).")
+    ] = None,
+    offload_weights: Annotated[
+        bool,
+        typer.Option("--offload-weights", help="With --fsdp2, its CPUOffloadPolicy."),
+    ] = False,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Sequences of a rank in one forward. By default as in CONFIG, or 1."),
+    ] = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Tokens of a sequence. By default as in CONFIG, or {_SEQUENCE_LENGTH:,}."
+        ),
+    ] = None,
+    checkpointing: Annotated[
+        bool,
+        typer.Option("--checkpointing", help="Layers are recomputed (activation checkpointing)."),
+    ] = False,
     offload_fraction: Annotated[
         float | None,
         typer.Option(help="Share of the state on the host. By default as in CONFIG, or all."),
     ] = None,
     host_bandwidth: Annotated[
-        float | None, typer.Option(metavar="GB/s", help="Bandwidth of a node's memory in a step.")
+        str | None,
+        typer.Option(metavar="SPEED", help="Of a node's memory in a step, such as 300GB/s."),
     ] = None,
     bus_bandwidth: Annotated[
-        float | None,
-        typer.Option(metavar="GB/s", help="Bandwidth of one GPU's copies in one direction."),
+        str | None,
+        typer.Option(metavar="SPEED", help="Of one GPU's copies in one direction, as 25GB/s."),
     ] = None,
     network_bandwidth: Annotated[
-        float | None,
-        typer.Option(metavar="GB/s", help="Bandwidth at which a rank sends in collectives."),
+        str | None,
+        typer.Option(metavar="SPEED", help="At which a rank sends in collectives, as 400Gbit/s."),
     ] = None,
     tera_flops: Annotated[
         float | None,
@@ -96,10 +144,10 @@ def plan(
         typer.Option("--timeline", help="Draw the timeline of a step to this file, as text."),
     ] = None,
 ) -> None:
-    """Predict the memory of each rank, whether it fits, and the time of a step.
+    """Say whether a model fits, what would make it fit, and how long a step takes.
 
-    Nothing is allocated. The parameters of CONFIG are on a GPU with --gpu-memory or if this machine
-    has a GPU, those of --params always.
+    Nothing is allocated. The parameters of CONFIG are on a GPU with --gpu or --gpu-memory or if
+    this machine has a GPU, those of --model and --params always.
 
     The time is predicted from bandwidths: `offload-adam doctor` has saved those of this machine,
     --measure measures them now, and options override both. With --tflops, the time includes forward
@@ -111,40 +159,69 @@ def plan(
 
     from offload_adam.config import ConfigError
     from offload_adam.config.declared import MAX_NBYTES
+    from offload_adam.errors import MissingExtraError
     from offload_adam.options import MAX_STEP_COUNT, STATE_FORMAT
     from offload_adam.plan.advice import most_exact_fit
-    from offload_adam.plan.inputs import MOST_NUMEL
+    from offload_adam.plan.setup import Setup
     from offload_adam.plan.tables import plan_run
     from offload_adam.plan.timing import predict_overlap
 
-    speeds = {
-        "--host-bandwidth": host_bandwidth,
-        "--bus-bandwidth": bus_bandwidth,
-        "--network-bandwidth": network_bandwidth,
-        "--tflops": tera_flops,
-    }
     require_folder_of(json_file, "--json")
     require_folder_of(timeline_file, "--timeline")
     try:
+        speeds = {
+            option: None if text is None else parse_speed(option, text)
+            for option, text in (
+                ("--host-bandwidth", host_bandwidth),
+                ("--bus-bandwidth", bus_bandwidth),
+                ("--network-bandwidth", network_bandwidth),
+            )
+        }
+        speeds["--tflops"] = tera_flops
         for option, value, least, most in (
-            ("--params", params, 1, MOST_NUMEL),
             ("--world-size", world_size, 1, MAX_STEP_COUNT),
             ("--local-world-size", local_world_size, 1, MAX_STEP_COUNT),
+            ("--replicate", replicate, 1, MAX_STEP_COUNT),
             ("--tokens", tokens, 1, MAX_NBYTES),
+            ("--batch-size", batch_size, 1, MAX_STEP_COUNT),
+            ("--sequence-length", sequence_length, 1, MAX_STEP_COUNT),
             *((option, speed, _LEAST_SPEED, _MOST_SPEED) for option, speed in speeds.items()),
         ):
             if value is not None and not least <= value <= most:  # also if it is NaN
                 raise ValueError(
                     f"{option} must be at least {least:,} and at most {most:,}, not {show(value)}"
                 )
-        specs, training = _subject(
-            config, overrides or [], params, param_dtype, gpu_memory, world_size
-        )
+        if [config, model, params].count(None) != 2:
+            raise ValueError("give one of CONFIG, --model and --params")
+        memory = _Memory.of(gpu, gpu_memory, host_memory)
+        subject = ""
+        if config is not None:
+            if trainable is not None or fsdp2 or replicate is not None or offload_weights:
+                raise ValueError(
+                    "--trainable, --fsdp2, --replicate and --offload-weights are for --model and "
+                    "--params: set them in CONFIG, in its section parallel"
+                )
+            setup = _setup_of_config(config, overrides or [], memory, world_size)
+        else:
+            subject, setup = _setup_of_model(model, params, param_dtype)
+            setup = _with_trainable(setup, trainable)
+            setup = replace(
+                setup, fsdp2=_fsdp2(is_on=fsdp2, replicate=replicate, on_host=offload_weights)
+            )
+        training = setup.training
+        if training.shape is None and (checkpointing or batch_size or sequence_length):
+            raise ValueError(
+                "the activations of this model are not known, because it has no ModuleList of "
+                "layers: leave out --batch-size, --sequence-length and --checkpointing"
+            )
         training = replace(
             training,
             world_size=world_size,
             local_world_size=world_size if local_world_size is None else local_world_size,
             num_tokens=tokens or training.num_tokens,
+            batch_size=batch_size or training.batch_size,
+            sequence_length=sequence_length or training.sequence_length,
+            checkpointing=checkpointing,
         )
         if offload_fraction is not None:
             training = training.with_offload(offload_fraction=offload_fraction)
@@ -155,25 +232,25 @@ def plan(
             training = replace(training, state_format=cast("StateFormat", state_format))
         if tera_flops is not None and training.num_tokens is None:
             raise ValueError("--tflops needs --tokens, the tokens of a rank in one step")
+        setup = Setup(setup.specs, training, setup.fsdp2)
         if fit:
-            memory = _machine(training, speeds, gpu_memory, host_memory, measure=False)
-            training = most_exact_fit(specs, training, memory)
-        machine = _machine(training, speeds, gpu_memory, host_memory, measure=measure)
-        timeline = predict_overlap(specs, training, machine)
+            setup = most_exact_fit(setup, _machine(setup, speeds, memory, measure=False))
+        machine = _machine(setup, speeds, memory, measure=measure)
+        timeline = predict_overlap(*setup.resolve(), machine)
         if timeline_file is not None and timeline is None:
             raise ValueError(
                 "--timeline needs an overlapped step: parameters on a GPU, and gradients that the "
                 "optimizer streams and averages. It also needs all speeds: --tflops with --tokens, "
                 "--host-bandwidth, --bus-bandwidth, and for several ranks --network-bandwidth"
             )
-    except (ConfigError, ValueError) as error:
+    except (ConfigError, MissingExtraError, ValueError) as error:
         fail(error, EXIT_BAD_CONFIGURATION)
     if timeline_file is not None and timeline is not None:
         write_text(timeline_file, timeline.draw(), "--timeline")
-    values, parts = plan_run(specs, training, machine, timeline)
+    values, parts = plan_run(setup, machine, timeline, subject=subject)
     console = Console()
     if fit:
-        chosen = f"Planning with state_format {training.state_format!r}"
+        chosen = f"Planning with state_format {setup.training.state_format!r}"
         fits = f"{chosen}, the most exact format that fits."
         console.print(fits if values["fits"] else f"No state format fits. {chosen}, the smallest.")
     for part in parts:
@@ -184,41 +261,100 @@ def plan(
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 
 
-def _subject(
-    config: str | None,
-    overrides: list[str],
-    params: float | None,
-    param_dtype: str,
-    gpu_memory: str | None,
-    world_size: int,
-) -> tuple[list[ParameterSpec], Training]:
-    """Return the parameters and how they are trained, from CONFIG or from --params."""
-    from offload_adam.plan.inputs import Training, synthetic_specs
+@dataclass(frozen=True)
+class _Memory:
+    """The memory of a GPU and of a node, None where it is not given."""
 
-    if (config is None) == (params is None):
-        raise ValueError("give either CONFIG or --params")
-    if params is None:
-        from offload_adam.train.plan import planner_inputs_of
+    device_nbytes: int | None
+    host_nbytes: int | None
 
-        return planner_inputs_of(
-            load_arguments([str(config), *overrides]),
-            on_device=gpu_memory is not None,
-            world_size=world_size,
-        )
+    @property
+    def is_given(self) -> bool:
+        """Whether the plan is for another machine than this."""
+        return self.device_nbytes is not None or self.host_nbytes is not None
+
+    @classmethod
+    def of(cls, gpu: str | None, gpu_memory: str | None, host_memory: str | None) -> _Memory:
+        """Return what the options say."""
+        from offload_adam.plan.cards import find_card
+
+        if gpu is not None and gpu_memory is not None:
+            raise ValueError("give either --gpu or --gpu-memory")
+        device = None if gpu_memory is None else parse_nbytes("--gpu-memory", gpu_memory)
+        if gpu is not None:
+            _, device = find_card(gpu)
+        host = None if host_memory is None else parse_nbytes("--host-memory", host_memory)
+        return cls(device, host)
+
+
+def _setup_of_config(config: str, overrides: list[str], memory: _Memory, world_size: int) -> Setup:
+    """Return the setup of a configuration file."""
+    from offload_adam.plan.setup import Setup
+    from offload_adam.train.plan import planner_inputs_of
+
+    specs, training = planner_inputs_of(
+        load_arguments([config, *overrides]),
+        on_device=memory.device_nbytes is not None,
+        world_size=world_size,
+    )
+    return Setup(specs, training)
+
+
+def _setup_of_model(model: Path | None, params: str | None, param_dtype: str) -> tuple[str, Setup]:
+    """Return the name and the setup of --model or --params."""
+    from offload_adam.plan.inputs import MOST_NUMEL, Training, synthetic_specs
+    from offload_adam.plan.setup import Setup
+    from offload_adam.plan.shape import ModelShape
+
     if param_dtype not in _ITEMSIZES:
         raise ValueError(f"--param-dtype must be fp32, bf16 or fp16, not {show(param_dtype)}")
-    itemsize, is_bfloat16 = _ITEMSIZES[param_dtype], param_dtype == "bf16"
-    specs = synthetic_specs(int(params), itemsize, is_bfloat16=is_bfloat16)
-    return specs, Training(saves=True)
+    specs: list[ParameterSpec]
+    if model is None:
+        numel = parse_count("--params", str(params))
+        if not 1 <= numel <= MOST_NUMEL:
+            raise ValueError(
+                f"--params must be at least 1 and at most {MOST_NUMEL:,}, not {show(numel)}"
+            )
+        is_bfloat16 = param_dtype == "bf16"
+        specs = synthetic_specs(numel, _ITEMSIZES[param_dtype], is_bfloat16=is_bfloat16)
+        shape: ModelShape | None = ModelShape.typical(numel, _ITEMSIZES[param_dtype])
+        name = ""
+    else:
+        import torch
+
+        from offload_adam.integrations.model_config import active_experts, build_on_meta
+        from offload_adam.train.plan import shape_of, specs_of
+
+        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        built = build_on_meta(model, dtypes[param_dtype])
+        specs = specs_of(built)
+        shape = shape_of(built, active_experts=active_experts(built))
+        name = type(built).__name__
+    training = Training(saves=True, shape=shape, sequence_length=_SEQUENCE_LENGTH)
+    return name, Setup(specs, training)
+
+
+def _with_trainable(setup: Setup, trainable: str | None) -> Setup:
+    """Return the setup with this share of each parameter, and the rest frozen."""
+    if trainable is None:
+        return setup
+    share = parse_share("--trainable", trainable)
+    specs = [replace(spec, numel=max(1, round(spec.numel * share))) for spec in setup.specs]
+    nbytes = [sum(spec.numel * spec.itemsize for spec in some) for some in (setup.specs, specs)]
+    return replace(setup, specs=specs).with_training(frozen_nbytes=nbytes[0] - nbytes[1])
+
+
+def _fsdp2(*, is_on: bool, replicate: int | None, on_host: bool) -> Any:
+    """Return how FSDP2 shards the parameters, None if it does not."""
+    from offload_adam.plan.setup import Fsdp2
+
+    if not is_on and (replicate is not None or on_host):
+        raise ValueError("--replicate and --offload-weights need --fsdp2")
+    return Fsdp2(replicate or 1, on_host) if is_on else None
 
 
 def _machine(
-    training: Training,
-    given: Mapping[str, float | None],
-    gpu_memory: str | None,
-    host_memory: str | None,
-    *,
-    measure: bool,
+    setup: Setup, given: Mapping[str, float | None], memory: _Memory, *, measure: bool
 ) -> Machine:
     """Return the machine: another one if its memory is given, otherwise this one.
 
@@ -226,31 +362,28 @@ def _machine(
 
     Args:
         given: speeds by option, None where the option is absent.
-
-    Raises:
-        ValueError: a size is impossible.
     """
     from offload_adam.layout.ring import RingSpeed
     from offload_adam.plan.inputs import Machine, Source
 
-    is_other = gpu_memory is not None or host_memory is not None
-    if measure and is_other:
+    if measure and memory.is_given:
         raise ValueError(
-            "--measure measures this machine: leave out --gpu-memory and --host-memory, which "
-            "describe another"
+            "--measure measures this machine: leave out --gpu, --gpu-memory and --host-memory, "
+            "which describe another"
         )
     # What imports torch is imported only where it is needed: it takes a second.
     machine = Machine()
-    if not is_other:
-        from offload_adam.train.speeds import known_speeds, measured_speeds
+    device_nbytes, host_nbytes = memory.device_nbytes, memory.host_nbytes
+    _, training = setup.resolve()
+    if not memory.is_given:
+        from offload_adam.train.speeds import gpu_nbytes, known_speeds, measured_speeds
 
         machine = measured_speeds(training) if measure else known_speeds(training)
-    if host_memory is None:
+        device_nbytes = gpu_nbytes()
+    if host_nbytes is None:
         from offload_adam.coordinator.node_memory import available_memory
 
         host_nbytes, _ = available_memory()
-    else:
-        host_nbytes = parse_nbytes(host_memory)
     host, bus = given["--host-bandwidth"], given["--bus-bandwidth"]
     network, tera_flops = given["--network-bandwidth"], given["--tflops"]
     by_resource = {"update": host, "bus": bus, "network": network}
@@ -258,36 +391,10 @@ def _machine(
     return replace(
         machine,
         host_nbytes=host_nbytes,
-        device_nbytes=None if gpu_memory is None else parse_nbytes(gpu_memory),
+        device_nbytes=device_nbytes,
         host_gb_per_s=machine.host_gb_per_s if host is None else host,
         bus_gb_per_s=machine.bus_gb_per_s if bus is None else bus,
         network=machine.network if network is None else RingSpeed.uniform(network),
         tera_flops=tera_flops,
         sources={**machine.sources, **named},
     )
-
-
-def parse_nbytes(text: str) -> int:
-    """Return the bytes of a size such as '80GiB', '512 GB' or '1e9'.
-
-    Raises:
-        ValueError: the text is not a number of at least 0 with a unit that pydantic knows, or none;
-            or it has more than 63 bits.
-    """
-    from pydantic import ByteSize, TypeAdapter
-
-    from offload_adam.config.declared import MAX_NBYTES
-
-    try:
-        try:
-            nbytes = float(text)
-        except ValueError:
-            nbytes = float(TypeAdapter(ByteSize).validate_python(text))
-        if not 0 <= nbytes <= MAX_NBYTES:
-            raise ValueError
-    except ValueError:
-        raise ValueError(
-            f"{show(text)} is not a size below 2**63 bytes: give a number and a unit, such as "
-            "80GiB or 512GB"
-        ) from None
-    return int(nbytes)

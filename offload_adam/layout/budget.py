@@ -72,6 +72,9 @@ class Category:
     SNAPSHOT_BUFFER = "snapshot buffer"  # copies for a checkpoint in the background
     CHECKPOINT_WRITER = "checkpoint writer"
     GATHERED = "gathered by FSDP2"  # layers, and gradients that it averages
+    FROZEN = "frozen parameters"
+    ACTIVATIONS = "activations"
+    CONTEXT = "CUDA context"
 
 
 def plane_nbytes(plan: StatePlan) -> dict[str, int]:

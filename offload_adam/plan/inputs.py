@@ -11,6 +11,7 @@ from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.ring import RingSpeed
 from offload_adam.layout.state_plan import StatePlan, StatePolicy, plan_state
 from offload_adam.options import OffloadPolicy, StateFormat, check_options, resolve_overlap
+from offload_adam.plan.shape import COMMUNICATION_NBYTES, CONTEXT_NBYTES, ModelShape
 
 SYNTHETIC_NUMEL = 50_000_000
 """Elements of a parameter of a model of which only the size is known."""
@@ -43,6 +44,11 @@ class Training:
     buffers_nbytes: of the model's persistent buffers, which kept state has for each step.
     saves: checkpoints are written.
     num_tokens: tokens of one rank in a step, over all microbatches; None if unknown.
+    frozen_nbytes: of parameters that are not trained, on one rank.
+    shape: sizes from which activations are estimated; None leaves them out, and CUDA's own memory.
+    batch_size: sequences of one rank in one forward, whose activations are in memory at once.
+    sequence_length: tokens of a sequence.
+    checkpointing: layers are recomputed in the backward (activation checkpointing).
     """
 
     world_size: int = 1
@@ -64,6 +70,11 @@ class Training:
     buffers_nbytes: int = 0
     saves: bool = False
     num_tokens: int | None = None
+    frozen_nbytes: int = 0
+    shape: ModelShape | None = None
+    batch_size: int = 1
+    sequence_length: int = 0
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         check_options(self.offload)
@@ -86,6 +97,26 @@ class Training:
         """Whether the other settings allow state in low precision."""
         offloads = self.offload.offload_fraction == 1.0 and not self.replicated
         return (offloads or not self.on_device) and not self.amsgrad
+
+    @property
+    def uses_device(self) -> bool:
+        """Whether the model runs on a GPU, also if its weights are in host memory."""
+        return self.on_device or self.gathers_on_device
+
+    @property
+    def activation_nbytes(self) -> int:
+        """Return an estimate of the bytes of one rank's activations; 0 without a shape."""
+        if self.shape is None:
+            return 0
+        num_tokens = self.batch_size * self.sequence_length
+        return self.shape.activation_nbytes(num_tokens, checkpointing=self.checkpointing)
+
+    @property
+    def context_nbytes(self) -> int:
+        """Return an estimate of what CUDA and NCCL take of a GPU; 0 without a shape."""
+        if self.shape is None or not self.uses_device:
+            return 0
+        return CONTEXT_NBYTES + (COMMUNICATION_NBYTES if self.world_size > 1 else 0)
 
     @property
     def overlaps(self) -> bool:

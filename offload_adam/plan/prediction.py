@@ -29,7 +29,9 @@ from offload_adam.plan.inputs import Training
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Bytes of one rank by category, without activations and the memory of torch itself.
+    """Bytes of one rank by category.
+
+    Activations and the memory of CUDA itself are included if the training has a shape.
 
     num_buckets: number of all-gathers in a step, and of reductions.
     """
@@ -91,8 +93,11 @@ def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
     if training.on_device and training.saves:
         # Parameters on a device are written through a buffer; host memory is written in place.
         host[Category.CHECKPOINT_WRITER] = CHECKPOINT_BLOCK_NBYTES
-    gathering = device if training.gathers_on_device else host
+    gathering = device if training.uses_device else host
     gathering[Category.GATHERED] += training.gathered_nbytes
+    gathering[Category.ACTIVATIONS] += training.activation_nbytes
+    gathering[Category.CONTEXT] += training.context_nbytes
+    side[Category.FROZEN] += training.frozen_nbytes
     return Prediction(dict(+host), dict(+device), len(plans))
 
 

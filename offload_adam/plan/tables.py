@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from offload_adam.layout.budget import Category
-from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.timeline import Timeline
 from offload_adam.options import CODED_FORMATS
-from offload_adam.plan.advice import Need, largest_model, needs, options
+from offload_adam.plan.advice import DEVICE, HOST, Advice, Need, advise, largest_model, needs
+from offload_adam.plan.alternatives import Alternative, compare
 from offload_adam.plan.inputs import Machine, Training, total_numel
-from offload_adam.plan.prediction import Prediction, predict
+from offload_adam.plan.prediction import Prediction
+from offload_adam.plan.setup import Setup
+from offload_adam.plan.shape import ModelShape
 from offload_adam.plan.timing import StepTime, predict_time
-from offload_adam.units import format_nbytes
+from offload_adam.units import format_count, format_nbytes
 
 _LABELS = {
     Category.GRADIENTS: "gradients (.grad)",
@@ -24,6 +27,9 @@ _LABELS = {
     Category.STAGING: "staging (copy buffers)",
     Category.BLOCK_SUMS: "block_sums (of norm)",
     "exponents": "exponents (of 8-bit codes)",
+    Category.ACTIVATIONS: "activations (estimate)",
+    Category.CONTEXT: "CUDA context (estimate)",
+    Category.GATHERED: "gathered by FSDP2 (estimate)",
     "compute": "compute: forward and backward",
     "update": "update: norm and update on host",
     "bus": "bus: copies between host and GPU",
@@ -36,24 +42,50 @@ _NOISE = (
     "bits. At 1e-6, the noise of this rounding is about 11% of the distance that weights move."
 )
 
+_TIGHT = 0.92
+"""Share of a memory from which a plan warns that it is tight."""
+_TIGHT_REASONS = {
+    DEVICE: "activations are an estimate, and torch's allocator leaves gaps",
+    HOST: "other processes and the page cache need some of it",
+}
+
 
 def plan_run(
-    specs: Sequence[ParameterSpec], training: Training, machine: Machine, timeline: Timeline | None
+    setup: Setup,
+    machine: Machine,
+    timeline: Timeline | None,
+    *,
+    subject: str = "",
+    with_others: bool = True,
 ) -> tuple[dict[str, Any], list[Table | str]]:
-    """Return the plan of a run as a JSON object, and as the tables and sentences to print."""
-    plan = predict(specs, training)
+    """Return the plan of a run as a JSON object, and as the tables and sentences to print.
+
+    The answer comes first: whether it fits, and if not, what would make it fit.
+
+    Args:
+        subject: the name of the model.
+        with_others: compare it with other optimizers.
+    """
+    specs, training = setup.resolve()
+    plan = setup.predict()
     timing = predict_time(specs, training, machine)
-    changes = list(options(specs, training))
+    memories = needs(plan, training, machine)
+    fits = all(need.is_met for need in memories)
+    advice = advise(setup, machine)
+    others = compare(setup, machine) if with_others else []
     largest = None  # of sharded parameters, only the parts of one rank are known here
     if not training.sharded:
         widest = max(specs, key=lambda spec: spec.itemsize)
         largest = largest_model(widest.itemsize, training, machine, is_bfloat16=widest.is_bfloat16)
-    memories = needs(plan, training, machine)
-    fits = all(need.is_met for need in memories)
     values: dict[str, Any] = {
-        "num_parameters": total_numel(specs),
+        "model": subject or None,
+        "num_parameters": total_numel(setup.specs),
         "training": asdict(training),
         "machine": asdict(machine),
+        "fits": fits,
+        "needs": [{**need._asdict(), "missing_nbytes": need.missing_nbytes} for need in memories],
+        "advice": [asdict(one) for one in advice],
+        "alternatives": [asdict(one) for one in others],
         "bytes_per_rank": asdict(plan),
         "bytes_per_node": {
             place: {name: nbytes * training.local_world_size for name, nbytes in held.items()}
@@ -66,39 +98,39 @@ def plan_run(
         "seconds": None if timing is None else timing.seconds,
         "bound": None if timing is None else timing.bound,
         "rough": None if timing is None else timing.doubts,
-        "options": [asdict(option) for option in changes],
         "largest_model": largest,
-        "fits": fits,
     }
-    parts: list[Table | str] = [_memory(plan, training, machine), _verdict(memories, training)]
-    if largest is not None:
+    parts: list[Table | str] = [_headline(setup, subject), *_verdict(memories, training)]
+    if advice:
+        parts.append(_advice(advice, training))
+    elif not fits:
+        parts.append(_no_advice(memories))
+    if largest:
         parts.append(
-            f"With these settings, the largest model that fits has {largest:.2e} parameters."
+            f"With these settings, the largest model that fits has {format_count(largest)} "
+            "parameters."
         )
     is_split = any(spec.follows_state_format and spec.is_bfloat16 for spec in specs)
     if training.state_format in CODED_FORMATS and is_split:
         parts.append(_NOISE.format(training.state_format))
+    parts.append(_memory(plan, training, machine))
+    if training.shape is not None:
+        parts.append(_activations(training, training.shape))
+    if others:
+        parts.append(_others(others))
     if timing is None:
-        parts.append(
-            "The time of a step is not known: give --host-bandwidth, --bus-bandwidth and "
-            "--network-bandwidth in GB/s. Or run offload-adam doctor on the training machine, "
-            "alone and under torchrun."
-        )
+        parts.append(_no_times(training))
     else:
         parts.append(_times(timing, timeline, machine))
         if timing.doubts:
             parts.append("These times are rough:")
         parts += [f"- {doubt}" for doubt in timing.doubts]
-    if changes:
-        rows = [(one.setting, _signed(one.host), _signed(one.device)) for one in changes]
-        columns = ("setting", "host, per rank", "GPU, per rank")
-        parts.append(_table("Settings that would change the memory", columns, rows))
     return values, parts
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Return a table with all columns but the first aligned to the right."""
-    table = Table(*columns, title=title)
+    table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
@@ -106,47 +138,183 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     return table
 
 
-def _memory(plan: Prediction, training: Training, machine: Machine) -> Table:
-    """Return the bytes of each category, their sum, and the available memory."""
-    local = training.local_world_size
-    num_nodes = training.world_size // local
+def _headline(setup: Setup, subject: str) -> str:
+    """Return what is planned, in one sentence."""
+    training = setup.training
+    dtypes = {
+        ("bf16" if spec.is_bfloat16 else "fp16") if spec.itemsize == 2 else "fp32"
+        for spec in setup.specs
+    }
+    dtype = " and ".join(sorted(dtypes))
+    numel = total_numel(setup.specs)
+    words = f"{format_count(numel)} parameter{'s' * (numel != 1)}"
+    if training.frozen_nbytes:
+        words += f", beside {format_nbytes(training.frozen_nbytes)} of frozen ones,"
+    if training.sharded:
+        words += " on each rank,"
+    if subject:
+        words = f"{subject}: {words}"
+    num_ranks = training.world_size
+    num_nodes = num_ranks // training.local_world_size
+    ranks = f"{num_ranks} rank{'s' * (num_ranks > 1)} on {num_nodes} node{'s' * (num_nodes > 1)}"
+    sharded = ""
+    if setup.fsdp2 is not None:
+        sharded = ", sharded by FSDP2"
+        sharded += " into host memory" if setup.fsdp2.offload_weights else ""
+    state = f"state in {training.state_format}"
+    return f"{words} in {dtype}{sharded}, {state}, {ranks}."
 
-    def row(label: str, host: int, device: int) -> list[str]:
-        nbytes = (host, host * local, device, device * local)
-        return [label, *(format_nbytes(n) if n else "" for n in nbytes)]
 
-    table = _table(
-        f"Memory of {training.world_size} rank(s) on {num_nodes} node(s), with "
-        f"{plan.num_buckets} bucket(s)",
-        ("", "host,\nper rank", "host,\nper node", "GPU,\nper rank", "GPUs,\nper node"),
-        [
-            row(_LABELS.get(name, name), plan.host.get(name, 0), plan.device.get(name, 0))
-            for name in dict.fromkeys([*plan.host, *plan.device])
-        ],
-    )
-    table.add_section()
-    table.add_row(*row("total", plan.host_nbytes, plan.device_nbytes))
-    available = machine.host_nbytes, machine.device_nbytes
-    known = ["?" if nbytes is None else format_nbytes(nbytes) for nbytes in available]
-    table.add_row("available", "", known[0], known[1] if training.on_device else "")
+def _verdict(memories: Sequence[Need], training: Training) -> Iterator[str]:
+    """Yield whether the run fits, by how much, and what is not known."""
+    exceeded = [need for need in memories if not need.is_met]
+    unknown = [need for need in memories if need.available_nbytes is None]
+    if exceeded:
+        missing = "; ".join(
+            f"the {need.memory} is {format_nbytes(need.missing_nbytes)} too small: "
+            f"{_share(need, ' are needed of ')}"
+            for need in exceeded
+        )
+        yield f"It does not fit: {missing}."
+    elif unknown:
+        # The command always knows the host's memory, so only the GPU's can be unknown.
+        yield (
+            "It fits as far as is known, but the memory of a GPU is not known: give --gpu or "
+            f"--gpu-memory. {format_nbytes(unknown[0].needed_nbytes)} are needed."
+        )
+    else:
+        known = "; ".join(f"{need.memory}: {_share(need)}" for need in memories)
+        uncounted = "" if training.shape is not None else ", without counting activations"
+        yield f"It fits{uncounted}. {known[0].upper()}{known[1:]}."
+    for need in memories:
+        if exceeded or need.available_nbytes is None or training.shape is None:
+            continue
+        if need.needed_nbytes > _TIGHT * need.available_nbytes:
+            yield f"This is tight: {_TIGHT_REASONS[need.memory]}."
+
+
+def _no_advice(memories: Sequence[Need]) -> str:
+    """Return what remains to be done if no change of settings makes a run fit."""
+    if any(need.memory == DEVICE and not need.is_met for need in memories):
+        remaining = "divide its layers by tensor parallelism, shorten its sequences, or take"
+        return f"No change of these settings makes it fit: {remaining} larger GPUs."
+    return "No change of these settings makes it fit: take nodes with more memory."
+
+
+def _share(need: Need, of: str = " of ") -> str:
+    return f"{format_nbytes(need.needed_nbytes)}{of}{format_nbytes(need.available_nbytes or 0)}"
+
+
+def _advice(advice: Sequence[Advice], training: Training) -> Table:
+    """Return what makes the run fit, with the bytes that it then needs."""
+    together = len(advice) == 1 and len(advice[0].changes) > 1
+    rows = []
+    for one in advice:
+        for change, cost in zip(one.changes, one.costs, strict=True):
+            is_last = change == one.changes[-1]
+            device, host = one.device_nbytes, one.host_nbytes_of_node
+            nbytes = (format_nbytes(device) if device else "", format_nbytes(host))
+            rows.append((change, cost, *(nbytes if is_last else ("", ""))))
+    title = "These changes together make it fit" if together else "Each of these makes it fit"
+    table = _table(title, ("change", "what it costs", "GPU", "host"), rows)
+    table.columns[1].justify = "left"
+    if not training.uses_device:
+        table.columns.pop(2)
     return table
 
 
-def _verdict(memories: Sequence[Need], training: Training) -> str:
-    """Return whether the run fits, with the numbers if it does not."""
-    exceeded = [
-        f"it needs {format_nbytes(need.needed_nbytes)} of {need.memory}, and "
-        f"{format_nbytes(need.available_nbytes)} are available"
-        for need in memories
-        if need.available_nbytes is not None and not need.is_met
+def _memory(plan: Prediction, training: Training, machine: Machine) -> Table:
+    """Return the bytes of each category, their sum, and the available memory."""
+    local = training.local_world_size
+    columns = {
+        "GPU": (plan.device, 1),
+        "host": (plan.host, 1),
+        "host of a node": (plan.host, local),
+    }
+    if local == 1:
+        del columns["host of a node"]
+    else:
+        columns["host of a rank"] = columns.pop("host")
+        columns["host of a node"] = columns.pop("host of a node")
+    if not training.uses_device:
+        del columns["GPU"]
+    totals = {
+        "GPU": (plan.device_nbytes, machine.device_nbytes),
+        "host": (plan.host_nbytes, machine.host_nbytes),
+        "host of a rank": (plan.host_nbytes, None),
+        "host of a node": (plan.host_nbytes * local, machine.host_nbytes),
+    }
+
+    def cells(values: Iterable[int | None]) -> list[str]:
+        return [format_nbytes(n) if n else "" for n in values]
+
+    names = dict.fromkeys([*plan.device, *plan.host])
+    table = _table(
+        f"Memory, in {plan.num_buckets} bucket{'s' * (plan.num_buckets != 1)}",
+        ("", *columns),
+        [
+            [_LABELS.get(name, name), *cells(held.get(name, 0) * n for held, n in columns.values())]
+            for name in names
+        ],
+    )
+    table.add_section()
+    table.add_row("total", *cells(totals[column][0] for column in columns))
+    available = cells(totals[column][1] for column in columns)
+    for number, column in enumerate(columns):
+        if not available[number] and column != "host of a rank":
+            available[number] = "?" if totals[column][1] is None else "0 B"
+    table.add_row("usable", *available)
+    return table
+
+
+def _activations(training: Training, shape: ModelShape) -> str:
+    """Return how the activations were estimated."""
+    checkpointing = training.checkpointing
+    how = " with activation checkpointing" if checkpointing else ""
+    typical = ""
+    if shape.is_typical:
+        typical = (
+            f", for a typical transformer of {shape.num_layers} layers of width {shape.width:,}"
+        )
+    return (
+        f"Activations are an estimate{typical}: {training.batch_size} x "
+        f"{training.sequence_length:,} tokens x ({shape.formula(checkpointing=checkpointing)})"
+        f"{how}. --batch-size, --sequence-length and --checkpointing change it."
+    )
+
+
+def _others(others: Sequence[Alternative]) -> Table:
+    """Return what other optimizers need beside this one."""
+    words = {True: "yes", False: "no", None: "?"}
+    rows = [
+        (
+            one.name,
+            one.weights,
+            one.moments,
+            format_nbytes(one.device_nbytes),
+            format_nbytes(one.host_nbytes_of_node) if one.host_nbytes_of_node else "",
+            words[one.fits],
+        )
+        for one in others
     ]
-    if exceeded:
-        return f"It does not fit: {'; '.join(exceeded)}."
-    # The command always knows the host's memory, so only the GPU's can be unknown.
-    if any(need.available_nbytes is None for need in memories):
-        return "It fits as far as is known, but the memory per GPU is not known: give --gpu-memory."
-    own = " and the memory that CUDA itself uses" if training.on_device else ""
-    return f"It fits, without counting activations{own}."
+    columns = ("optimizer", "weights", "moments", "GPU", "host of a node", "fits")
+    table = _table("The same model with other optimizers", columns, rows)
+    for column in table.columns[1:3]:
+        column.justify = "left"
+    return table
+
+
+def _no_times(training: Training) -> str:
+    needed = ["--host-bandwidth"]
+    if training.on_device:
+        needed.append("--bus-bandwidth")
+    if training.world_size > 1:
+        needed.append("--network-bandwidth")
+    options = " and ".join([", ".join(needed[:-1])] * (len(needed) > 1) + needed[-1:])
+    return (
+        f"The time of a step is not known: give {options}, such as 100GB/s. Or run offload-adam "
+        "doctor on the training machine."
+    )
 
 
 def _times(timing: StepTime, timeline: Timeline | None, machine: Machine) -> Table:
@@ -154,8 +322,8 @@ def _times(timing: StepTime, timeline: Timeline | None, machine: Machine) -> Tab
     title = "Predicted time of a step"
     if "compute" not in timing.seconds:
         title += ", without forward and backward"
-    table = Table("", "seconds", "speed", title=title)
-    table.columns[1].justify = "right"
+    table = _table(title, ("", "seconds", "speed"), [])
+    table.columns[2].justify = "left"
     for name, seconds in timing.seconds.items():
         speed = f"{_speed(name, machine)}, {machine.source_of(name)}"
         table.add_row(_LABELS[name], f"{seconds:.4g}", speed)
@@ -186,8 +354,3 @@ def _speed(resource: str, machine: Machine) -> str:
     if mean16 == mean32 == gather:
         return f"{gather:.3g} GB/s"
     return f"averaging {mean16:.3g} (bf16) or {mean32:.3g} (fp32), gathering {gather:.3g} GB/s"
-
-
-def _signed(nbytes: int) -> str:
-    sign = "+" if nbytes > 0 else "-"
-    return sign + format_nbytes(abs(nbytes)) if nbytes else ""

@@ -112,6 +112,8 @@ def _doubts(specs: Sequence[ParameterSpec], training: Training) -> Iterator[str]
     shards = training.policy.num_shards
     on_node = total_numel(specs) * training.local_world_size // shards
     least, most = COMPARED_NUMEL
+    if training.frozen_nbytes:
+        yield "forward and backward of frozen parameters are not counted"
     if not least <= on_node <= most:
         yield (
             f"a node updates {on_node:.2g} parameters, but predictions were compared with measured "

@@ -17,6 +17,7 @@ from offload_adam.fsdp_private import local_of
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.params.selection import bucket_key_of, follows_state_format
 from offload_adam.plan.inputs import Training
+from offload_adam.plan.shape import ModelShape, saved_numel_of
 from offload_adam.sharded_optimizer.kept_values import KeptValues
 from offload_adam.train.loop import Job
 from offload_adam.train.model import DTYPES, build_model
@@ -42,9 +43,65 @@ def planner_inputs_of(
     training = training_of(config, on_device or torch.cuda.is_available())
     if training.policy.keeps:
         training = replace(training, buffers_nbytes=KeptValues(model).buffers_nbytes)
+    training = replace(
+        training,
+        shape=shape_of(model),
+        batch_size=config.train.batch_size,
+        sequence_length=config.train.sequence_length,
+        frozen_nbytes=frozen_nbytes(model),
+    )
     if config.parallel is None:
         return specs_of(model), training
     return sharded_inputs(model, config.parallel, training, world_size)
+
+
+def shape_of(model: nn.Module, *, active_experts: float = 1.0) -> ModelShape | None:
+    """Return the sizes from which a model's activations are estimated; None without layers.
+
+    Its layers are the children of the list of modules with the most parameters. The widest Linear
+    outside of them that reads their output makes the logits.
+
+    Args:
+        active_experts: share of each layer's experts that a token passes through.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    layers = max(lists, key=_numel_of, default=None)
+    if layers is None or _numel_of(layers) == 0:
+        return None
+    largest = max(layers, key=_numel_of)
+    matrices: list[tuple[float, float]] = []
+    widths: Counter[int] = Counter()
+    for name, parameter in largest.named_parameters():
+        if parameter.ndim < 2:
+            continue
+        rows, columns = parameter.shape[-2:]
+        widths.update((rows, columns))
+        is_expert = ".experts." in f".{name}"
+        share = math.prod(parameter.shape[:-2]) * (active_experts if is_expert else 1.0)
+        matrices.append((rows * share, columns * share))
+    [(width, _)] = widths.most_common(1) or [(0, 0)]
+    inside = set(layers.modules())
+    heads = (m for m in model.modules() if isinstance(m, nn.Linear) and m not in inside)
+    num_logits = max((m.out_features for m in heads if m.in_features == width), default=0)
+    return ModelShape(
+        num_layers=sum(_numel_of(layer) > 0 for layer in layers),
+        layer_numel=_numel_of(largest),
+        root_numel=_numel_of(model) - _numel_of(layers),
+        width=width,
+        saved_numel=saved_numel_of(matrices, width),
+        vocabulary=num_logits,
+        itemsize=max(parameter.element_size() for parameter in largest.parameters()),
+    )
+
+
+def frozen_nbytes(model: nn.Module) -> int:
+    """Return the bytes of the parameters that are not trained."""
+    frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)
+    return sum(parameter.numel() * parameter.element_size() for parameter in frozen)
+
+
+def _numel_of(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def sharded_inputs(
@@ -98,6 +155,7 @@ def sharded_inputs(
         reduces=False,
         gathered_nbytes=root + 4 * largest,
         gathers_on_device=training.on_device,
+        frozen_nbytes=-(-training.frozen_nbytes // sizes.shard),
     )
 
 

@@ -6,6 +6,8 @@ import logging
 from dataclasses import replace
 from statistics import median
 
+import torch
+
 from offload_adam.doctor import bandwidth_cache
 from offload_adam.doctor.bandwidth import bus_gb_per_s, measure_bandwidth, measure_step
 from offload_adam.errors import HostMemoryError
@@ -28,6 +30,13 @@ NUM_STEPS = 10  # updates that are judged, by their median: a few slow ones do n
 LEAST_SHARE = 0.5
 # Elements of each of the four arrays if doctor has measured nothing: 128 MB in all, about 50 ms.
 _SHORT_NUMEL = 8_000_000
+
+
+def gpu_nbytes() -> int | None:
+    """Return the memory of this machine's first GPU, None without one."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(0).total_memory
 
 
 def known_speeds(training: Training) -> Machine:

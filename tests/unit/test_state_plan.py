@@ -16,8 +16,9 @@ from offload_adam.layout.state_plan import (
     resolve_bucket_nbytes,
 )
 from offload_adam.options import StateFormat
-from offload_adam.plan.advice import options
-from offload_adam.plan.inputs import Training
+from offload_adam.plan.advice import advise
+from offload_adam.plan.inputs import Machine, Training
+from offload_adam.plan.setup import Setup
 
 
 def plan_of(itemsize: int = 2, *, on_device: bool = True, **policy: object) -> StatePlan:
@@ -178,8 +179,10 @@ def test_buckets_have_the_size_that_was_resolved() -> None:
 @pytest.mark.parametrize(("world_size", "half"), [(1, 16 * MIB), (8, 32 * MIB)])
 def test_a_plan_advises_half_of_the_size_that_was_resolved(world_size: int, half: int) -> None:
     specs = [ParameterSpec(i, MIB // 4, 4, "f") for i in range(1024)]
-    settings = [option.setting for option in options(specs, Training(world_size=world_size))]
-    assert f"optimizer.bucket_nbytes: {half}" in settings
+    setup = Setup(specs, Training(world_size=world_size))
+    machine = Machine(device_nbytes=setup.predict().device_nbytes - MIB)
+    changes = [advice.changes for advice in advise(setup, machine)]
+    assert (f"bucket_nbytes={half}",) in changes
 
 
 def test_a_layout_that_cannot_be_right_is_rejected() -> None:

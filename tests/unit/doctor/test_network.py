@@ -150,7 +150,7 @@ def test_a_plan_uses_only_the_network_speed_of_its_own_ranks(
             "no bandwidth is known for the network, so its time is missing: run offload-adam "
             "doctor under"
         ) in output
-    values, output = planned(tmp_path, *config, "--world-size=2", "--network-bandwidth=7")
+    values, output = planned(tmp_path, *config, "--world-size=2", "--network-bandwidth=7GB/s")
     assert values["machine"]["network"] == {"mean_16bit": 7, "mean_32bit": 7, "gather": 7}
     assert "speeds were given, not measured: network" in output
     assert "7 GB/s, given" in output

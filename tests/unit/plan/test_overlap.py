@@ -93,8 +93,8 @@ def test_nothing_is_predicted_without_overlap_or_with_an_unknown_speed(
     assert predict_overlap(SPECS, training, machine) is None
 
 
-GIVEN = ("--params=1e9", "--gpu-memory=80GiB", "--host-memory=64GiB", "--host-bandwidth=100")
-SPEEDS = ("--bus-bandwidth=20", "--tflops=100", "--tokens=4096")
+GIVEN = ("--params=1e9", "--gpu-memory=80GiB", "--host-memory=64GiB", "--host-bandwidth=100GB/s")
+SPEEDS = ("--bus-bandwidth=20GB/s", "--tflops=100", "--tokens=4096")
 
 
 def test_the_command_prints_what_is_exposed_and_draws_a_step(tmp_path: Path) -> None:
