@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from math import prod
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from offload_adam.cli.output import fail
+from offload_adam.cli.output import fail, format_count
+
+if TYPE_CHECKING:
+    from offload_adam.checkpoint.format import Manifest
 
 MAX_NAMES_NBYTES = 64 * 1024 * 1024
 """Largest file for --names: a million names of 64 bytes."""
+_WIDTH_OF_A_FILE = 5000  # above that of a row with the longest name, which is cut in its middle
 
 checkpoint_app = typer.Typer(
     help="Verify, inspect, export and import checkpoints.", no_args_is_help=True
@@ -64,51 +69,95 @@ def verify(path: Folder) -> None:
 
 
 @checkpoint_app.command("inspect")
-def inspect(path: Folder) -> None:
+def inspect(
+    path: Folder,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
     """List the contents of a checkpoint. Reads only its manifest.
+
+    Names are never cut: a terminal wraps them, a file or a pipe gets long lines.
 
     Exit codes: 0 done, 1 damaged or not a checkpoint.
     """
+    from offload_adam.checkpoint.format import read_manifest
+
+    with _exit_on_error():
+        values = _contents(read_manifest(path))
+    if as_json:
+        typer.echo(json.dumps(values, indent=2))
+    else:
+        _print_contents(values)
+
+
+def _contents(manifest: Manifest) -> dict[str, Any]:
+    """Return what a manifest says, as printed by `inspect --json`."""
+    from offload_adam.dtypes import DTYPES
+    from offload_adam.printable import show
+
+    tensors = {
+        name: {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "pieces": len(entry.pieces),
+            "nbytes": prod(entry.shape) * DTYPES[entry.dtype].itemsize,
+        }
+        for name, entry in sorted(manifest.tensors.items())
+    }
+    # The keys of a damaged checkpoint may be of any type.
+    keys: list[object] = list(manifest.decoded_extra() or {})
+    return {
+        "step": manifest.step,
+        "world_size": manifest.world_size,
+        "tensors": tensors,
+        "values": {
+            name: type(value).__name__ for name, value in sorted(manifest.decoded_values().items())
+        },
+        "state_formats": dict(sorted(Counter(manifest.optimizer.formats.values()).items())),
+        "extra": [key if isinstance(key, str) else show(key) for key in keys],
+        "total": {
+            "tensors": len(tensors),
+            "elements": sum(prod(entry.shape) for entry in manifest.tensors.values()),
+            "nbytes": sum(entry["nbytes"] for entry in tensors.values()),
+        },
+    }
+
+
+def _print_contents(values: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
 
-    from offload_adam.checkpoint.format import read_manifest
-    from offload_adam.dtypes import DTYPES
-    from offload_adam.printable import MAX_MESSAGE_LENGTH, printable, show
+    from offload_adam.printable import MAX_MESSAGE_LENGTH, printable
     from offload_adam.units import format_nbytes
 
-    with _exit_on_error():
-        manifest = read_manifest(path)
-    title = f"step {manifest.step}, saved by {manifest.world_size} rank(s)"
+    title = f"step {values['step']}, saved by {values['world_size']} rank(s)"
     # Two names may differ at their ends only: wrap them, where rich would cut them.
     names = Column("tensor", overflow="fold")
     table = Table(names, "dtype", "shape", "pieces", "size", title=title)
-    for name, entry in sorted(manifest.tensors.items()):
-        nbytes = prod(entry.shape) * DTYPES[entry.dtype].itemsize
-        shape = " x ".join(map(str, entry.shape)) or "1"
-        # As Text, since rich would read [bold] in a string as markup.
+    for name, entry in values["tensors"].items():
         table.add_row(
+            # As Text, since rich would read [bold] in a string as markup.
             Text(printable(name, MAX_MESSAGE_LENGTH)),
-            entry.dtype,
-            shape,
-            str(len(entry.pieces)),
-            format_nbytes(nbytes),
+            entry["dtype"],
+            " x ".join(map(str, entry["shape"])) or "1",
+            str(entry["pieces"]),
+            format_nbytes(entry["nbytes"]),
         )
-    for name, value in sorted(manifest.decoded_values().items()):
-        table.add_row(
-            Text(printable(name, MAX_MESSAGE_LENGTH)), f"({type(value).__name__})", "", "", ""
-        )
+    for name, kind in values["values"].items():
+        table.add_row(Text(printable(name, MAX_MESSAGE_LENGTH)), f"({kind})", "", "", "")
     console = Console()
+    if not console.is_terminal:
+        console.width = _WIDTH_OF_A_FILE  # each name on one line, so that grep finds it
     console.print(table)
-    for state_format, count in sorted(Counter(manifest.optimizer.formats.values()).items()):
-        console.print(f"state_format {state_format!r}: the state of {count} parameter(s)")
-    if extra := manifest.decoded_extra():
-        # The keys of a damaged checkpoint may be of any type.
-        keys: list[object] = list(extra)
-        listed = ", ".join(key if isinstance(key, str) else show(key) for key in keys)
-        listed = printable(listed, MAX_MESSAGE_LENGTH)
-        console.print(f"extra: {listed}", markup=False)
+    total = values["total"]
+    typer.echo(
+        f"total: {total['tensors']} tensor(s), {format_count(total['elements'])} elements, "
+        f"{format_nbytes(total['nbytes'])}"
+    )
+    for state_format, count in values["state_formats"].items():
+        typer.echo(f"state_format {state_format!r}: the state of {count} parameter(s)")
+    if extra := values["extra"]:
+        typer.echo(f"extra: {printable(', '.join(extra), MAX_MESSAGE_LENGTH)}")
 
 
 @checkpoint_app.command("export")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from offload_adam import OffloadAdam, save_checkpoint
 from offload_adam.checkpoint.format import MANIFEST_NAME, sealed
 from offload_adam.cli import checkpoint as cli_checkpoint
 from offload_adam.cli.app import app
+from offload_adam.cli.output import format_count
 
 
 @pytest.fixture
@@ -138,15 +140,79 @@ def test_a_long_name_is_not_quoted_whole(tmp_path: Path) -> None:
     assert len(output) < 4200
 
 
-def test_inspect_shows_whole_names_in_a_narrow_terminal(
+def test_inspect_wraps_names_in_a_narrow_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = torch.nn.ModuleDict({"a_long_name_" * 4: torch.nn.Linear(4, 3)})
     save_checkpoint(tmp_path / "c", model=model, optimizer=OffloadAdam(model.parameters()))
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes a pipe for a terminal
     _, output = command("inspect", str(tmp_path / "c"))
+    output = re.sub(r"\x1b\[[\d;]*m", "", output)
     cells = "".join(line.split("│")[1].strip() for line in output.splitlines() if "│" in line)
     assert "a_long_name_" * 4 + ".weight/exp_avg_sq" in cells
+    assert all(len(line) <= 80 for line in output.splitlines())
+
+
+def test_inspect_writes_each_name_on_one_line_of_a_pipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = torch.nn.ModuleDict({"a_long_name_" * 10: torch.nn.Linear(4, 3)})
+    save_checkpoint(tmp_path / "c", model=model, optimizer=OffloadAdam(model.parameters()))
+    monkeypatch.setenv("COLUMNS", "80")
+    _, output = command("inspect", str(tmp_path / "c"))
+    names = [line.split("│")[1].strip() for line in output.splitlines() if "│" in line]
+    layer = "a_long_name_" * 10
+    assert names == [
+        *(f"model/{layer}.{name}" for name in ("bias", "weight")),
+        *(
+            f"optimizer/{layer}.{name}/{kind}"
+            for name in ("bias", "weight")
+            for kind in ("exp_avg", "exp_avg_sq")
+        ),
+    ]
+    assert "total: 6 tensor(s), 45 elements, 180 B\n" in output
+
+
+def test_inspect_prints_json(saved: Path) -> None:
+    code, output = command("inspect", str(saved), "--json")
+    assert code == 0
+    state = {"dtype": "F32", "pieces": 1}
+    weight = state | {"shape": [3, 4], "nbytes": 48}
+    bias = state | {"shape": [3], "nbytes": 12}
+    kinds = ("exp_avg", "exp_avg_sq")
+    assert json.loads(output) == {
+        "step": 0,
+        "world_size": 1,
+        "tensors": {
+            "model/bias": bias,
+            "model/weight": weight,
+            **{f"optimizer/bias/{kind}": bias for kind in kinds},
+            **{f"optimizer/weight/{kind}": weight for kind in kinds},
+        },
+        "values": {},
+        "state_formats": {},
+        "extra": [],
+        "total": {"tensors": 6, "elements": 45, "nbytes": 180},
+    }
+    assert command("inspect", str(saved / "none"), "--json")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1_000, "1 K"),
+        (10_800_000, "10.8 M"),
+        (85_228_032, "85.2 M"),
+        (999_999_999, "1 B"),
+        (1_300_000_000, "1.3 B"),
+        (2.5e12, "2.5 T"),
+    ],
+)
+def test_counts_are_written_as_people_say_them(count: float, text: str) -> None:
+    assert format_count(count) == text
 
 
 @pytest.mark.parametrize("name", ["verify", "inspect"])
