@@ -21,10 +21,14 @@ def config(
 
     Exit codes: 0 done, 2 invalid configuration.
     """
-    from offload_adam.config import ConfigError, RunConfig, explain_config
+    from offload_adam.config import ConfigError, explain_config, load_config
 
+    arguments = [one for one in (config, *(overrides or [])) if one is not None]
     try:
-        loaded = RunConfig() if config is None else load_arguments([config, *(overrides or [])])
+        if all(argument.startswith("-") for argument in arguments):
+            loaded = load_config(None, arguments)
+        else:
+            loaded = load_arguments(arguments)
     except ConfigError as error:
         fail(error, EXIT_BAD_CONFIGURATION)
     typer.echo(explain_config(loaded), nl=False)

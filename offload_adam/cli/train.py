@@ -104,13 +104,17 @@ def load_arguments(arguments: list[str]) -> RunConfig:
 
     overrides = [argument for argument in arguments if argument.startswith("-")]
     files = [argument for argument in arguments if not argument.startswith("-")]
-    if len(files) != 1:
-        found = f", not {' and '.join(files)}" if files else ""
-        hint = "an override is one word, --section.key=value"
-        raise ConfigError(
-            "command line", [Mistake("", f"name one configuration file{found}; {hint}")]
-        )
-    return load_config(files[0], overrides)
+    if len(files) == 1:
+        return load_config(files[0], overrides)
+    found = f", not {' and '.join(files)}" if files else ", such as configs/tiny.yaml"
+    mistakes = [Mistake("", f"name one configuration file{found}")]
+    if len(files) > 1:
+        mistakes += [Mistake("", "an override has the form --section.key=value, without spaces")]
+    try:
+        load_config(None, overrides)
+    except ConfigError as error:  # mistakes in the overrides, too
+        mistakes += error.mistakes
+    raise ConfigError("command line", mistakes)
 
 
 def _run(config: RunConfig) -> None:

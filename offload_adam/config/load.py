@@ -13,10 +13,11 @@ import yaml
 
 from offload_adam.config.mistakes import ConfigError, Mistake
 from offload_adam.config.sections import COMPLETE, RunConfig
-from offload_adam.config.validation import validate
+from offload_adam.config.validation import nearest_keys, validate
 from offload_adam.config.yaml_text import MAX_NBYTES, read_yaml, write_yaml
 from offload_adam.printable import show
 
+OVERRIDE_FORM = "--section.key=value"
 _OVERRIDE = re.compile(r"--(?P<path>[\w-]+(?:\.[\w-]+)*)=(?P<value>.*)", re.DOTALL)
 # pydantic cannot dump a configuration of more than 255 levels, and most walks over one recurse.
 _MAX_LEVELS = 100
@@ -30,34 +31,35 @@ _ALTERNATIVES = {
 }
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the configuration in a YAML file, changed by command-line overrides.
 
     If `run.name` is missing, the run gets the name of the file without its suffix.
 
     Args:
+        path: of the file; None for the defaults.
         overrides: strings `--section.key=value` with a value in YAML. If several set the same key,
             the last one wins.
 
     Raises:
         ConfigError: with every mistake in the file and in the overrides.
     """
-    path = Path(path)
-    values, mistakes = _read_file(path)
+    origin = "command line" if path is None else str(path)
+    values, mistakes = ({}, []) if path is None else _read_file(Path(path))
     parsed, override_mistakes = _parse_overrides(overrides)
     mistakes += override_mistakes
     if values is None:
-        raise ConfigError(str(path), mistakes)
+        raise ConfigError(origin, mistakes)
     mistakes += _apply(values, parsed)
     if _is_too_deep(values):
         problem = f"mappings and lists are nested more than {_MAX_LEVELS} levels deep"
-        raise ConfigError(str(path), [*mistakes, Mistake("", problem)])
+        raise ConfigError(origin, [*mistakes, Mistake("", problem)])
     run = values.setdefault("run", {})
-    if isinstance(run, dict):
-        run.setdefault("name", path.stem)
+    if isinstance(run, dict) and path is not None:
+        run.setdefault("name", Path(path).stem)
     config, invalid = validate(values)
     if config is None or mistakes:
-        raise ConfigError(str(path), [*mistakes, *invalid])
+        raise ConfigError(origin, [*mistakes, *invalid])
     return config
 
 
@@ -100,10 +102,13 @@ def _parse_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, Any]], l
     for argument in arguments:
         match = _OVERRIDE.fullmatch(argument)
         if match is None:
-            problem = f"cannot parse {show(argument)}: write --section.key=value without spaces"
+            problem = f"cannot parse {show(argument)}: write {OVERRIDE_FORM} without spaces"
             mistakes.append(Mistake("", problem))
             continue
         path, value = match.groups()
+        if "." not in path and path not in RunConfig.model_fields:
+            mistakes.append(_without_section(path, value))
+            continue
         try:
             value, value_mistakes = read_yaml(value, path)
             mistakes += value_mistakes
@@ -111,6 +116,16 @@ def _parse_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, Any]], l
             pass  # keep the value as text, such as **/*.txt
         overrides.append((path, value))
     return overrides, mistakes
+
+
+def _without_section(name: str, value: str) -> Mistake:
+    """Return the mistake of an override such as --lr=1, with the key that was meant."""
+    problem = f"an override has the form {OVERRIDE_FORM}"
+    if nearest := nearest_keys("", name):
+        meant = " or ".join(f"--{key}={value}" for key in nearest)
+        return Mistake(name, f"unknown key; {problem}: did you mean {meant}?")
+    sections = ", ".join(RunConfig.model_fields)
+    return Mistake(name, f"unknown key; {problem}, and the sections are {sections}")
 
 
 def _apply(values: dict[str, Any], overrides: Sequence[tuple[str, Any]]) -> list[Mistake]:

@@ -20,19 +20,29 @@ from offload_adam.config.sections import COMPLETE, FACTORY_PATTERN, NAME_PATTERN
 Key = tuple[str, str]
 """The dotted path of a section, "" for the top level, and the name of a key in it."""
 
+_PAIR = "must be a list of two numbers such as [0.9, 0.95]"
 # Type of pydantic's error -> what a value must be. Used where pydantic's own message names Python
 # types. Tuples are pairs: the two betas.
 _EXPECTED = {
     "bool_type": "must be true or false",
     "dict_type": "must be a mapping of keys to values",
     "float_type": "must be a number",
-    "int_type": "must be an integer",
-    "missing": "must be a list of two numbers",  # no second beta; all keys have defaults
+    "int_type": "must be a whole number",
+    "missing": _PAIR,  # no second beta; all keys have defaults
     "model_type": "must be a mapping of keys to values",
     "string_too_short": "must not be empty",
     "string_type": "must be text",
-    "too_long": "must be a list of two numbers",
-    "tuple_type": "must be a list of two numbers",
+    "too_long": _PAIR,
+    "tuple_type": _PAIR,
+}
+# Words of pydantic's own messages -> plainer ones.
+_PLAINER = {
+    "Input should": "must",
+    "String should": "must",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "greater than": "above",
+    "less than": "below",
 }
 _PATTERNS = {
     FACTORY_PATTERN: "must have the form package.module:function",
@@ -115,8 +125,27 @@ def _mistake_of(detail: ErrorDetails) -> Mistake:
     problem = _EXPECTED.get(kind) or _PATTERNS.get(detail.get("ctx", {}).get("pattern", ""))
     if problem is None:
         problem = detail["msg"].removeprefix("Value error, ")
-        problem = problem.replace("Input should", "must").replace("String should", "must")
-    return Mistake(path, f"{problem}, got {_shown(detail['input'])}")
+        for words, plainer in _PLAINER.items():
+            problem = problem.replace(words, plainer)
+    value = detail["input"]
+    if kind in ("bool_type", "float_type", "int_type") and _is_quoted(value, kind):
+        problem += " without quotes"
+    elif kind == "int_type" and isinstance(value, float) and value.is_integer():
+        problem += f" such as {value:.0f}, without a point or an exponent"
+    return Mistake(path, f"{problem}, got {_shown(value)}")
+
+
+def _is_quoted(value: object, kind: str) -> bool:
+    """Return whether a text would be a value of the right type without its quotes."""
+    if not isinstance(value, str):
+        return False
+    if kind == "bool_type":
+        return value in ("true", "false")
+    try:
+        float(value) if kind == "float_type" else int(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _path(detail: ErrorDetails) -> str:
@@ -155,8 +184,22 @@ def _remove(values: dict[str, Any], location: Sequence[int | str]) -> None:
 def _unknown_key(parent: str, name: str, tag: str) -> str:
     """Return the problem of the unknown key `name` in the section `parent`.
 
-    It suggests keys with this name or a synonym, else the key with the most similar spelling, both
-    first from the same section. If there are none, it lists the keys of the section.
+    It suggests the nearest keys. If there are none, it lists the keys of the section.
+
+    Args:
+        tag: the optimizer whose keys are suggested.
+    """
+    if nearest := nearest_keys(parent, name, tag):
+        return f"unknown key; did you mean {' and '.join(nearest)}?"
+    siblings = [known for section, known in _known_keys(tag) if section == parent]
+    return f"unknown key; here you can set {', '.join(siblings)}"
+
+
+def nearest_keys(parent: str, name: str, tag: str = "OffloadAdam") -> list[str]:
+    """Return the dotted paths of the keys that `name` in the section `parent` may stand for.
+
+    Keys with this name or a synonym, else the key with the most similar spelling, both first from
+    the same section.
 
     Args:
         tag: the optimizer whose keys are suggested.
@@ -167,10 +210,7 @@ def _unknown_key(parent: str, name: str, tag: str) -> str:
     nearest = _keys_named(synonyms, siblings) or _keys_named(synonyms, everywhere)
     # A higher cutoff in other sections, where a similar name rarely means the same thing.
     nearest = nearest or _spelled_like(name, siblings, 0.65) or _spelled_like(name, everywhere, 0.8)
-    if nearest:
-        paths = " and ".join(".".join(key).lstrip(".") for key in nearest)
-        return f"unknown key; did you mean {paths}?"
-    return f"unknown key; here you can set {', '.join(known for _, known in siblings)}"
+    return [".".join(key).lstrip(".") for key in nearest]
 
 
 def _keys_named(names: Collection[str], keys: Sequence[Key]) -> list[Key]:

@@ -146,8 +146,8 @@ def test_torchruns_report_quotes_the_error_and_no_traceback(
     report = str(ChildFailedError("offload_adam", {0: failure}))
     quoted = report.partition("traceback : ")[2].partition("\n")[0]
     assert quoted == (
-        f'{TINY}: 2 mistakes: run.seed: must be an integer, got "x"; train.num_stepz: unknown key; '
-        "did you mean train.num_steps?"
+        f'{TINY}: 2 mistakes: run.seed: must be a whole number, got "x"; '
+        "train.num_stepz: unknown key; did you mean train.num_steps?"
     )
     assert "Traceback" not in report
 

@@ -30,7 +30,7 @@ def test_mistakes_end_with_2_and_start_nothing(
     assert code == 2
     assert "3 mistakes" in output
     assert "did you mean train.num_steps?" in output
-    assert "optimizer.lr: must be greater than 0, got -1" in output
+    assert "optimizer.lr: must be above 0, got -1" in output
     assert 'schedule: must be a mapping of keys to values, got "x"' in output
     assert list(tmp_path.iterdir()) == []
 
@@ -55,6 +55,54 @@ def test_what_cannot_be_started_ends_with_2(
     code, _ = train(*arguments)
     assert code == 2
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines"),
+    [
+        (
+            ["train", "--lr=1", "--optimizer.lr=abc"],
+            [
+                "command line: 3 mistakes",
+                "name one configuration file, such as configs/tiny.yaml",
+                "lr: unknown key; an override has the form --section.key=value: did you mean "
+                "--optimizer.lr=1?",
+                'optimizer.lr: must be a number, got "abc"',
+            ],
+        ),
+        (
+            ["train", "a.yaml", "--lr", "1"],
+            [
+                "command line: 3 mistakes",
+                "name one configuration file, not a.yaml and 1",
+                "an override has the form --section.key=value, without spaces",
+                "cannot parse '--lr': write --section.key=value without spaces",
+            ],
+        ),
+        (
+            ["config", "--lr=1"],
+            [
+                "command line: 1 mistake",
+                "lr: unknown key; an override has the form --section.key=value: did you mean "
+                "--optimizer.lr=1?",
+            ],
+        ),
+    ],
+)
+def test_a_command_line_without_a_file_gets_an_answer_on_every_override(
+    arguments: list[str], lines: list[str]
+) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    found = [line.strip().removeprefix("offload-adam: ") for line in result.output.splitlines()]
+    assert found == lines
+
+
+def test_the_defaults_are_shown_with_overrides() -> None:
+    result = CliRunner().invoke(app, ["config", "--optimizer.lr=0.25", "--train.num_steps=7"])
+    assert result.exit_code == 0
+    lines = [line.strip() for line in result.output.splitlines()]
+    assert {"lr: 0.25", "num_steps: 7", "name: run", "batch_size: 8"} <= set(lines)
 
 
 def test_what_needs_one_rank_is_rejected_before_the_ranks_join(
