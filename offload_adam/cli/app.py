@@ -12,6 +12,7 @@ from offload_adam.cli.checkpoint import checkpoint_app
 from offload_adam.cli.config import config
 from offload_adam.cli.doctor import doctor
 from offload_adam.cli.keeper import keeper_app
+from offload_adam.cli.keys import CommandWithKeys
 from offload_adam.cli.output import EXIT_BAD_CONFIGURATION, fail
 from offload_adam.cli.plan import plan
 from offload_adam.cli.train import profile, train
@@ -25,10 +26,11 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 # Overrides such as --train.num_steps=3 begin with -- but are arguments, not options of typer.
-app.command(context_settings={"ignore_unknown_options": True})(train)
-app.command(context_settings={"ignore_unknown_options": True})(profile)
-app.command(context_settings={"ignore_unknown_options": True})(plan)
-app.command(context_settings={"ignore_unknown_options": True})(config)
+_with_overrides = {"ignore_unknown_options": True}
+app.command(context_settings=_with_overrides, cls=CommandWithKeys)(train)
+app.command(context_settings=_with_overrides, cls=CommandWithKeys)(profile)
+app.command(context_settings=_with_overrides)(plan)
+app.command(context_settings=_with_overrides, cls=CommandWithKeys)(config)
 app.command()(doctor)
 # Every argument is passed on, --help too.
 app.command(

@@ -12,6 +12,7 @@ from pydantic import (
     PlainValidator,
     PositiveFloat,
     Tag,
+    WithJsonSchema,
 )
 
 from offload_adam.config.declared import keys_of
@@ -27,23 +28,42 @@ Name = Literal["OffloadAdam", "Adam"]
 ExecutionKeys = keys_of("optimizer", gradient_reduction="optimizer")
 
 
+_NAME_TEXT = "The optimizer, which decides the other keys of this section."
+_EPS_TEXT = "Added to the denominator of the update, so that it is not zero."
+_NESTEROV_TEXT = "Use Nesterov's momentum: add the gradient once more to its average."
+
+
 class OffloadAdamSection(ExecutionKeys):  # type: ignore[misc, valid-type]  # a created class
-    """`OffloadAdam` and its hyperparameters.
+    """`OffloadAdam` and its hyperparameters."""
 
-    `weight_decay` applies to matrices, not to biases and norms. `streaming` copies gradients to the
-    host during backward. Without it they stay in `.grad` until `step()`.
-    """
-
-    name: Name = "OffloadAdam"
-    lr: PositiveFloat = 1e-3
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
-    decoupled_weight_decay: bool = False
-    amsgrad: bool = False
-    nesterov: bool = False
-    maximize: bool = False
-    streaming: bool = True
+    name: Annotated[Name, WithJsonSchema({"const": "OffloadAdam"})] = Field(
+        default="OffloadAdam", description=_NAME_TEXT
+    )
+    lr: PositiveFloat = Field(default=1e-3, description="Learning rate.")
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = Field(
+        default=(0.9, 0.999),
+        description="Decay rates of the averages of gradients and of their squares, such as "
+        "[0.9, 0.95].",
+    )
+    eps: PositiveFloat = Field(default=1e-8, description=_EPS_TEXT)
+    weight_decay: NonNegativeFloat = Field(
+        default=0.0, description="Weight decay of matrices. Biases and norms have none."
+    )
+    decoupled_weight_decay: bool = Field(
+        default=False,
+        description="Decay weights as in AdamW. With false, add an L2 penalty as in Adam.",
+    )
+    amsgrad: bool = Field(
+        default=False,
+        description="Divide by the largest second moment so far (AMSGrad). One rank only.",
+    )
+    nesterov: bool = Field(default=False, description=_NESTEROV_TEXT)
+    maximize: bool = Field(default=False, description="Maximize the loss instead of minimizing it.")
+    streaming: bool = Field(
+        default=True,
+        description="Copy gradients to the host during backward. With false they stay in `.grad` "
+        "until `step()`.",
+    )
 
     @property
     def streams(self) -> bool:
@@ -52,6 +72,13 @@ class OffloadAdamSection(ExecutionKeys):  # type: ignore[misc, valid-type]  # a 
 
 
 LearningRate = float | list[float] | dict[str, Any]
+_LEARNING_RATE_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {"type": "number", "minimum": 0},
+        {"type": "array", "items": {"type": "number", "minimum": 0}, "minItems": 1},
+        {"type": "object", "required": ["name"]},
+    ]
+}
 
 
 def _read_learning_rate(value: Any) -> LearningRate:
@@ -78,27 +105,53 @@ def _read_learning_rate(value: Any) -> LearningRate:
 
 
 class AdamSection(ExecutionKeys):  # type: ignore[misc, valid-type]
-    """`Adam` and its arguments.
+    """`Adam` and its arguments, which are those of MindSpore's Adam."""
 
-    `use_offload` copies gradients to the host during backward. `learning_rate` is a number, a list
-    with one number for each step, or a schedule: a mapping with its `name` and its arguments. The
-    section `schedule` applies only to a number.
-    """
-
-    name: Name
-    learning_rate: Annotated[LearningRate, PlainValidator(_read_learning_rate)] = 1e-3
-    beta1: OpenBeta = 0.9
-    beta2: OpenBeta = 0.999
-    eps: PositiveFloat = 1e-8
-    use_locking: bool = False
-    use_nesterov: bool = False
-    weight_decay: NonNegativeFloat = 0.0
-    loss_scale: PositiveFloat = 1.0
-    use_amsgrad: bool = False
-    use_lazy: bool = False
-    use_offload: bool = False
-    epsilon_hat: bool = False
-    decay_norms: bool = False
+    name: Annotated[Name, WithJsonSchema({"const": "Adam"})] = Field(description=_NAME_TEXT)
+    learning_rate: Annotated[
+        LearningRate, PlainValidator(_read_learning_rate), WithJsonSchema(_LEARNING_RATE_SCHEMA)
+    ] = Field(
+        default=1e-3,
+        description="A number, a list with one number for each step, or a schedule: a mapping with "
+        "its `name` and its arguments. The section `schedule` applies only to a number.",
+    )
+    beta1: OpenBeta = Field(default=0.9, description="Decay rate of the average of gradients.")
+    beta2: OpenBeta = Field(
+        default=0.999,
+        description="Decay rate of the average of squared gradients.",
+    )
+    eps: PositiveFloat = Field(default=1e-8, description=_EPS_TEXT)
+    use_locking: bool = Field(
+        default=False,
+        description="Has no effect, because updates never race.",
+    )
+    use_nesterov: bool = Field(default=False, description=_NESTEROV_TEXT)
+    weight_decay: NonNegativeFloat = Field(
+        default=0.0,
+        description="L2 penalty of the weights, except norms and parameters with beta or gamma in "
+        "their names.",
+    )
+    loss_scale: PositiveFloat = Field(
+        default=1.0,
+        description="Factor by which the loss is multiplied, and gradients are divided.",
+    )
+    use_amsgrad: bool = Field(
+        default=False,
+        description="Divide by the largest second moment so far (AMSGrad). One rank only.",
+    )
+    use_lazy: bool = Field(
+        default=False, description="A sparse gradient updates only the rows that it touches."
+    )
+    use_offload: bool = Field(
+        default=False,
+        description="Store the state in host memory, and copy gradients there during backward.",
+    )
+    epsilon_hat: bool = Field(
+        default=False,
+        description="Use the arithmetic that MindSpore was observed to use, which adds `eps` "
+        "before the bias correction.",
+    )
+    decay_norms: bool = Field(default=False, description="Apply weight decay to norm layers, too.")
 
     @property
     def streams(self) -> bool:

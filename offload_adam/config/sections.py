@@ -18,32 +18,56 @@ FACTORY_PATTERN = r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*$"
 
 
 class RunSection(Section):
-    """The folder of the run, `<dir>/<name>/`, and the seed of weights, data and dropout."""
+    """The folder of the run, and its seed."""
 
-    name: str = Field(default="run", pattern=NAME_PATTERN, max_length=255)
-    dir: Text = "runs"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    name: str = Field(
+        default="run",
+        pattern=NAME_PATTERN,
+        max_length=255,
+        description="Name of the run, which writes to the folder `<dir>/<name>/`. By default the "
+        "name of the YAML file.",
+    )
+    dir: Text = Field(default="runs", description="Folder in which runs have their folders.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=0, description="Seed of the weights, the order of the data, and dropout."
+    )
 
 
 class ModelSizes(Section):
-    """Sizes of the built-in byte-level GPT. `width` is the size of the residual stream."""
+    """Sizes of the built-in byte-level GPT."""
 
-    num_layers: Annotated[int, Field(gt=0, le=1024)] = 4
-    width: Annotated[int, Field(gt=0, le=2**20)] = 128
-    num_heads: Annotated[int, Field(gt=0, le=2**20)] = 4
-    tied_head: bool = True
+    num_layers: Annotated[int, Field(gt=0, le=1024)] = Field(
+        default=4,
+        description="Transformer blocks.",
+    )
+    width: Annotated[int, Field(gt=0, le=2**20)] = Field(
+        default=128, description="Size of the residual stream, a multiple of `num_heads`."
+    )
+    num_heads: Annotated[int, Field(gt=0, le=2**20)] = Field(
+        default=4, description="Attention heads of each block."
+    )
+    tied_head: bool = Field(
+        default=True,
+        description="Use the token embedding as the output layer, too.",
+    )
 
 
 class ModelSection(Section):
-    """The model: `sizes` of the built-in GPT, or `factory` for a model of your own.
+    """The model: `sizes` of the built-in GPT, or `factory` for a model of your own."""
 
-    `factory` is written `package.module:function`. The function is called with `arguments` as
-    keyword arguments and returns a torch.nn.Module.
-    """
-
-    sizes: ModelSizes | None = None
-    factory: str | None = Field(default=None, pattern=FACTORY_PATTERN, max_length=4096)
-    arguments: dict[str, Any] = Field(default_factory=dict)
+    sizes: ModelSizes | None = Field(
+        default=None, description="Sizes of the built-in byte-level GPT. Excludes `factory`."
+    )
+    factory: str | None = Field(
+        default=None,
+        pattern=FACTORY_PATTERN,
+        max_length=4096,
+        description="Function that returns your model, a torch.nn.Module, written "
+        "`package.module:function`. The module is imported from sys.path, such as PYTHONPATH, or "
+        "the working directory.",
+    )
+    # pydantic copies the default, so that configurations do not share it.
+    arguments: dict[str, Any] = Field(default={}, description="Keyword arguments for `factory`.")
 
     @model_validator(mode="before")
     @classmethod
@@ -54,15 +78,22 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    """The training text, read as bytes: a named `source`, or `path`, a glob over your own files.
+    """The training text, read as bytes: a named `source`, or `path` for your own files."""
 
-    About `validation_fraction` of the files are used for validation only. Of a single file, this
-    fraction at its end is used for validation.
-    """
-
-    source: Literal["python-stdlib"] | None = None
-    path: Text | None = None
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    source: Literal["python-stdlib"] | None = Field(
+        default=None,
+        description="Name of a text: 'python-stdlib', the source of Python's standard library. "
+        "The default unless `path` is set.",
+    )
+    path: Text | None = Field(
+        default=None,
+        description="Glob over your own text files, such as notes/**/*.md. Excludes `source`.",
+    )
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.1,
+        description="About this fraction of the files is used for validation only. Of a single "
+        "file, this fraction at its end.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -73,59 +104,76 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
-    """The training loop.
+    """The training loop."""
 
-    `batch_size` is the number of sequences in one rank's microbatch, and `sequence_length` the
-    number of tokens in each. `dtype` is the dtype of the parameters. The validation loss is
-    computed every `eval_every` steps (0: never) and after the last step, over `eval_sequences`
-    sequences of all ranks together.
-    """
-
-    num_steps: Count = 100
-    batch_size: Count = 8
-    sequence_length: Count = 128
-    gradient_accumulation_steps: Count = 1
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    eval_every: CountOrZero = 0
-    eval_sequences: Count = 256
+    num_steps: Count = Field(default=100, description="Optimizer steps of the whole run.")
+    batch_size: Count = Field(default=8, description="Sequences in one rank's microbatch.")
+    sequence_length: Count = Field(default=128, description="Tokens in each sequence.")
+    gradient_accumulation_steps: Count = Field(
+        default=1, description="Microbatches of each rank in one step."
+    )
+    dtype: Literal["fp32", "bf16"] = Field(default="fp32", description="Dtype of the parameters.")
+    eval_every: CountOrZero = Field(
+        default=0,
+        description="Steps from one validation to the next. The last step is always validated. "
+        "0 for no other.",
+    )
+    eval_sequences: Count = Field(
+        default=256, description="Sequences of a validation, of all ranks together."
+    )
 
 
 class ParallelSection(Section):
     """Shards the parameters over the ranks, with FSDP2 and tensor parallelism.
 
-    Without this section, each rank has all parameters, and only the optimizer state is sharded.
-
-    The run needs `replicate * shard * tensor` ranks. There are `replicate` copies of the
-    parameters, each sharded over `shard` ranks, by default all that remain. `tensor` ranks divide
-    the heads and the MLP of each block of the built-in GPT, and train on the same sequences. FSDP2
-    averages the gradients, so `optimizer.gradient_reduction` does not apply.
-
-    With `offload_weights`, the shards are in host memory, and each block is copied to the GPU when
-    it is used. With `reshard_after_forward: false`, a block stays gathered until its backward,
-    which saves an all-gather and takes more memory. Parameters are gathered and used in
-    `param_dtype`, and gradients are averaged in `reduce_dtype`. By default, these are the dtype of
-    the parameters and `param_dtype`.
+    Without this section, each rank has all parameters, and only the optimizer state is sharded. The
+    run needs `replicate * shard * tensor` ranks. FSDP2 averages the gradients, so
+    `optimizer.gradient_reduction` does not apply.
     """
 
-    shard: Count | None = None
-    replicate: Count = 1
-    tensor: Count = 1
-    offload_weights: bool = False
-    reshard_after_forward: bool = True
-    param_dtype: Literal["fp32", "bf16"] | None = None
-    reduce_dtype: Literal["fp32", "bf16"] | None = None
+    shard: Count | None = Field(
+        default=None,
+        description="Ranks over which each copy of the parameters is sharded. By default all that "
+        "remain.",
+    )
+    replicate: Count = Field(default=1, description="Copies of the parameters.")
+    tensor: Count = Field(
+        default=1,
+        description="Ranks that divide the heads and the MLP of each block of the built-in GPT, "
+        "and train on the same sequences.",
+    )
+    offload_weights: bool = Field(
+        default=False,
+        description="Store the shards in host memory. Each block is copied to the GPU when it is "
+        "used.",
+    )
+    reshard_after_forward: bool = Field(
+        default=True,
+        description="With false, a block stays gathered until its backward, which saves an "
+        "all-gather and takes more memory.",
+    )
+    param_dtype: Literal["fp32", "bf16"] | None = Field(
+        default=None,
+        description="Dtype in which parameters are gathered and used. By default that of the "
+        "parameters.",
+    )
+    reduce_dtype: Literal["fp32", "bf16"] | None = Field(
+        default=None, description="Dtype in which gradients are averaged. By default `param_dtype`."
+    )
 
 
 class ScheduleSection(Section):
-    """The learning rate: linear warmup for `warmup_steps`, then cosine decay to a minimum.
+    """The learning rate: linear warmup, then cosine decay that ends at `train.num_steps`.
 
-    The decay ends at `train.num_steps`. The minimum is `min_lr_ratio` times the learning rate of
-    the optimizer. With a ratio of 1 the learning rate is constant after the warmup. A run that is
-    shorter than its warmup has no decay.
+    A run that is shorter than its warmup has no decay.
     """
 
-    warmup_steps: CountOrZero = 0
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    warmup_steps: CountOrZero = Field(default=0, description="Steps of the linear warmup.")
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.1,
+        description="Where the decay ends, as a fraction of the learning rate of the optimizer. "
+        "With 1 the learning rate is constant after the warmup.",
+    )
 
 
 # mypy does not accept a base class that a function returns.
@@ -145,51 +193,74 @@ class CoordinatorSection(keys_of("coordinator")):  # type: ignore[misc]
 class ProfileSection(Section):
     """Profiling: records how long each part of a step takes, and samples memory.
 
-    Memory is sampled every `interval_ms`. A profiled run writes `report.html`, `trace.json` and
-    `memory.jsonl` to its folder.
+    A profiled run writes `report.html`, `trace.json` and `memory.jsonl` to its folder.
     """
 
-    enabled: bool = False
-    interval_ms: Annotated[float, Field(ge=1, le=86_400_000)] = 100.0
+    enabled: bool = Field(
+        default=False,
+        description="Profile the run, as `offload-adam profile` does.",
+    )
+    interval_ms: Annotated[float, Field(ge=1, le=86_400_000)] = Field(
+        default=100.0, description="Milliseconds from one sample of the memory to the next."
+    )
 
 
 class ObserveSection(Section):
-    """Where metrics are written or served, in addition to `metrics.jsonl` in the run's folder.
+    """Where metrics are written or served, in addition to `metrics.jsonl` in the run's folder."""
 
-    With `http_port`, rank 0 serves `/metrics` (Prometheus), `/status` (JSON) and `/healthz` on
-    `http_host`, which is loopback by default. With port 0 the system chooses a free port.
-    """
-
-    http_port: Annotated[int, Field(ge=0, le=65535)] | None = None
-    http_host: Text = "127.0.0.1"
-    tensorboard: bool = False
-    wandb_project: Text | None = None
+    http_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
+        default=None,
+        description="Port on which rank 0 serves `/metrics` (Prometheus), `/status` (JSON) and "
+        "`/healthz`. With 0 the system chooses a free port. By default nothing is served.",
+    )
+    http_host: Text = Field(
+        default="127.0.0.1",
+        description="Address on which `http_port` listens. The default is reachable from this "
+        "machine only.",
+    )
+    tensorboard: bool = Field(
+        default=False, description="Write the metrics for TensorBoard to the run's folder."
+    )
+    wandb_project: Text | None = Field(
+        default=None, description="Project of Weights & Biases to which the metrics are sent."
+    )
 
 
 class CheckpointSection(Section):
-    """When checkpoints are written, which are kept, and where a run resumes.
+    """When checkpoints are written, which are kept, and where a run resumes."""
 
-    A checkpoint is written every `every` steps and after the last step. With 0, one is written only
-    if a signal ends the run early. With `mode: async`, training continues while a checkpoint is
-    written: the update of a bucket waits only until the bucket is written, or copied to the
-    snapshot buffer. `snapshot_buffer_nbytes` limits the host memory of this buffer on each rank.
-
-    The newest `keep_last` checkpoints are kept, and those whose step is a multiple of `keep_every`.
-    If a checkpoint cannot be written, the run continues without it, unless checkpoints are
-    `required`: then the run ends with an error.
-
-    `resume: auto` resumes from the newest intact checkpoint in the run's folder, or from state that
-    `memory.keep` has kept if that is not older. `never` begins at the first step. A path resumes
-    from that checkpoint. A run that torchrun restarts always resumes as with `auto`.
-    """
-
-    every: CountOrZero = 0
-    mode: Literal["sync", "async"] = "sync"
-    snapshot_buffer_nbytes: Nbytes = 256 * 1024 * 1024
-    keep_last: Count = 2
-    keep_every: Count | None = None
-    required: bool = False
-    resume: Text = "auto"
+    every: CountOrZero = Field(
+        default=0,
+        description="Steps from one checkpoint to the next. One is also written after the last "
+        "step. With 0, one is written only if a signal ends the run early.",
+    )
+    mode: Literal["sync", "async"] = Field(
+        default="sync",
+        description="With 'async', training continues while a checkpoint is written: the update of "
+        "a bucket waits only until the bucket is written, or copied to the snapshot buffer.",
+    )
+    snapshot_buffer_nbytes: Nbytes = Field(
+        default=256 * 1024 * 1024,
+        description="Largest host memory in bytes of the snapshot buffer, on each rank, with "
+        "'async'.",
+    )
+    keep_last: Count = Field(default=2, description="The newest checkpoints that are kept.")
+    keep_every: Count | None = Field(
+        default=None,
+        description="Checkpoints whose step is a multiple of this number are kept, too.",
+    )
+    required: bool = Field(
+        default=False,
+        description="End the run with an error if a checkpoint cannot be written. Otherwise it "
+        "continues without this checkpoint.",
+    )
+    resume: Text = Field(
+        default="auto",
+        description="'auto' resumes from the newest intact checkpoint in the run's folder, or from "
+        "state that `memory.keep` has kept if that is not older. 'never' begins at the first step. "
+        "A path resumes from that checkpoint. A run that torchrun restarts always resumes as with "
+        "'auto'.",
+    )
 
     @property
     def used_buffer_nbytes(self) -> int:

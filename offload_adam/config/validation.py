@@ -44,11 +44,12 @@ _PLAINER = {
     "greater than": "above",
     "less than": "below",
 }
-_PATTERNS = {
+PATTERNS = {
     FACTORY_PATTERN: "must have the form package.module:function",
     TEXT_PATTERN: "must not contain control characters",
     NAME_PATTERN: "must have only letters, digits and . _ -, and not begin with . or -",
 }
+"""Pattern of a key's text -> what the text must be."""
 # Each set has the names of one setting: ours, and those of PyTorch, transformers, torchtitan,
 # Lightning and nanoGPT.
 _SYNONYMS = [
@@ -122,7 +123,7 @@ def _mistake_of(detail: ErrorDetails) -> Mistake:
         # Not split from `path`: the unknown key may have a dot in it.
         parent, name = ".".join(map(str, location[:-1])), str(location[-1])
         return Mistake(path, _unknown_key(parent, name, tag))
-    problem = _EXPECTED.get(kind) or _PATTERNS.get(detail.get("ctx", {}).get("pattern", ""))
+    problem = _EXPECTED.get(kind) or PATTERNS.get(detail.get("ctx", {}).get("pattern", ""))
     if problem is None:
         problem = detail["msg"].removeprefix("Value error, ")
         for words, plainer in _PLAINER.items():

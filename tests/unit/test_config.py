@@ -445,8 +445,11 @@ def test_an_absent_section_is_commented_out_and_differs_from_an_empty_one(tmp_pa
     absent, empty = load(tmp_path, "{}"), load(tmp_path, "parallel: {}")
     assert absent.parallel is None
     assert empty.parallel == ParallelSection()
-    assert "\n# parallel:\n#   shard: null\n" in explain_config(absent)
-    assert "\nparallel:\n  shard: null\n" in explain_config(empty)
+    comment = (
+        "  # Ranks over which each copy of the parameters is sharded. By default all that remain.\n"
+    )
+    assert f"\n# parallel:\n# {comment}#   shard: null\n" in explain_config(absent)
+    assert f"\nparallel:\n{comment}  shard: null\n" in explain_config(empty)
     assert load(tmp_path, "{}", "--parallel.tensor=2").parallel == ParallelSection(tensor=2)
     assert load(tmp_path, "parallel: {}", "--parallel=null").parallel is None
 
