@@ -83,8 +83,8 @@ def doctor(
         num_ranks, folder, measure=measure, num_parameters=params, network=network
     )
     console = Console()
-    console.print(findings_table(findings))
     console.print(summary(findings), highlight=False)
+    console.print(findings_table(findings))
     status = worst(findings)
     if json_file is not None:
         values = {

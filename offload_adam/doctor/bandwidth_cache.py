@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,8 @@ class Bandwidth:
     network: speeds of the collectives, by the ranks that they were measured with.
     bus: bandwidth of the slowest GPU's copies, in their slower direction.
     low_precision_steps: bandwidth of the same step in other formats of the state.
+    busy: other processes used the cores during the measurement of memory and steps, so that these
+        may be too low.
     """
 
     memory: Mapping[int, float] = field(default_factory=dict)
@@ -67,6 +69,7 @@ class Bandwidth:
     network: Mapping[Ranks, RingSpeed] = field(default_factory=dict)
     bus: float | None = None
     low_precision_steps: dict[StateFormat, float] = field(default_factory=dict)
+    busy: bool = False
 
     def step_in(self, state_format: StateFormat) -> float | None:
         """Return the bandwidth of a step in this format."""
@@ -87,14 +90,23 @@ def _path() -> Path:
 def keep(measured: Bandwidth) -> Path | None:
     """Write the measured values into the file, whose other values stay as they are.
 
+    Of a busy machine, the greater of the measured and the saved values stay: other processes only
+    ever make a bandwidth lower. Values that are known from a busy machine alone are marked.
+
     Returns:
         The file, or None, with a warning in the log, if it cannot be written.
     """
     known = recall()
+    busy = known.busy
+    if measured.memory:
+        busy = measured.busy and (known.busy or not known.memory)
+    if measured.busy:
+        measured = _greater_of(measured, known)
     networks = {**known.network, **measured.network}
     low_precision = {**known.low_precision_steps, **measured.low_precision_steps}
     values = {
         "machine": _machine(),
+        "busy": busy,
         "memory_gb_per_s": measured.memory or known.memory,
         "step_gb_per_s": measured.step or known.step,
         "low_precision_step_gb_per_s": low_precision,
@@ -112,6 +124,19 @@ def keep(measured: Bandwidth) -> Path | None:
         logger.warning("Cannot save the measured bandwidth: %s", error)
         return None
     return path
+
+
+def _greater_of(measured: Bandwidth, known: Bandwidth) -> Bandwidth:
+    """Return measured values, but greater known ones in place of those of memory and steps."""
+    memory = {
+        count: max(value, known.memory.get(count, 0.0)) for count, value in measured.memory.items()
+    }
+    low_precision = {
+        state_format: max(step, known.low_precision_steps.get(state_format, 0.0))
+        for state_format, step in measured.low_precision_steps.items()
+    }
+    step = max(measured.step or 0.0, known.step or 0.0) or None
+    return replace(measured, memory=memory, step=step, low_precision_steps=low_precision)
 
 
 def recall() -> Bandwidth:
@@ -142,6 +167,7 @@ def recall() -> Bandwidth:
             },
             network=network,
             bus=None if bus is None else _speed(bus),
+            busy=values.get("busy") is True,
         )
     # RuntimeError includes RecursionError, of deeply nested lists.
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from offload_adam.doctor.bandwidth import (
 )
 from offload_adam.doctor.bandwidth_cache import Bandwidth
 from offload_adam.doctor.finding import Finding
+from offload_adam.doctor.load import OtherProcesses
 from offload_adam.doctor.network import Network, network_finding
 from offload_adam.errors import HostMemoryError
 from offload_adam.kernels.threads import threads_per_node
@@ -26,8 +26,11 @@ GOOD_SHARE = 0.8
 """Share of the highest bandwidth that all threads of a node together should reach."""
 STEP_SHARE = 0.5
 """Share of the memory bandwidth that a whole optimizer step should reach."""
-BUSY_LOAD_PER_CORE = 0.5
-"""Load average per measured thread above which the measurements are in doubt."""
+BUSY_SHARE = 0.1
+"""Share of the measured cores that other processes use above which measurements are in doubt."""
+NUM_ROUNDS = 3
+"""Measurements of everything, one round after the other. The best one counts: other processes only
+ever make it lower."""
 
 
 def examine(
@@ -54,15 +57,23 @@ def examine(
     on_device = torch.cuda.is_available()
 
     def memory_and_step() -> Iterator[Finding]:
-        load_average = os.getloadavg()[0]  # read first: the measurement itself raises it
         num_threads = threads_per_node(local_world_size, on_device=on_device)
-        measured.memory = measure_bandwidth(counts_to_try(num_threads))
-        yield from bandwidth_findings(measured.memory, load_average)
-        measured.step = measure_step(num_threads)
-        yield step_finding(measured.step, measured.memory[num_threads])
-        for state_format in LOW_PRECISION:
-            step = measure_step(num_threads, state_format=state_format)
-            measured.low_precision_steps[state_format] = step
+        counts, others = counts_to_try(num_threads), OtherProcesses()
+        formats: tuple[StateFormat, ...] = ("fp32", *LOW_PRECISION)
+        memory, steps = dict.fromkeys(counts, 0.0), dict.fromkeys(formats, 0.0)
+        for _ in range(NUM_ROUNDS):
+            for count, found in measure_bandwidth(counts).items():
+                memory[count] = max(memory[count], found)
+            for state_format in formats:
+                found = measure_step(num_threads, state_format=state_format)
+                steps[state_format] = max(steps[state_format], found)
+        other_cores = others.cores()
+        measured.memory, measured.step = memory, steps.pop("fp32")
+        measured.low_precision_steps = steps
+        measured.busy = other_cores > BUSY_SHARE * num_threads
+        yield from bandwidth_findings(memory, other_cores)
+        yield step_finding(measured.step, memory[num_threads])
+        for state_format, step in steps.items():
             yield low_precision_finding(state_format, step)
 
     def between_ranks() -> Iterator[Finding]:
@@ -74,6 +85,8 @@ def examine(
         path = None if measured == Bandwidth() else bandwidth_cache.keep(measured)
         if path is not None:
             found = f"in {path}, for training and `offload-adam plan`"
+            if measured.busy:
+                found += "; greater ones that were saved earlier stay, since this machine was busy"
             yield Finding("saved bandwidths", found)
 
     checks: dict[str, Callable[[], Iterable[Finding]]] = {
@@ -108,37 +121,39 @@ def run_check(topic: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Fi
         yield Finding(topic, found, "fix the cause: a run may fail at the same place")
 
 
-def bandwidth_findings(gb_per_s: Mapping[int, float], load_average: float) -> Iterator[Finding]:
+def bandwidth_findings(gb_per_s: Mapping[int, float], other_cores: float) -> Iterator[Finding]:
     """Yield the memory bandwidth by number of threads, and a warning if the machine was busy.
 
     Args:
         gb_per_s: by number of threads; the ranks of a node use the largest number together.
-        load_average: of the minute before the measurement.
+        other_cores: number of cores that other processes used during the measurement.
     """
     all_threads = max(gb_per_s)
+    busy = other_cores > BUSY_SHARE * all_threads
     best = max(gb_per_s, key=lambda count: gb_per_s[count])
     for count, measured in gb_per_s.items():
         found, advice = f"{measured:.1f} GB/s", ""
-        if count == all_threads and measured < GOOD_SHARE * gb_per_s[best]:
+        if count == all_threads and not busy and measured < GOOD_SHARE * gb_per_s[best]:
             found += f", but {best} thread(s) reach {gb_per_s[best]:.1f} GB/s"
             advice = (
                 f"use {best} thread(s) for all ranks of a node together: optimizer.num_threads is "
                 "the number of one rank"
             )
         yield Finding(f"bandwidth, {count} thread(s)", found, advice)
-    if load_average > BUSY_LOAD_PER_CORE * all_threads:
-        found = (
-            f"load average {load_average:.1f} on {all_threads} core(s): other processes were "
-            "running"
-        )
-        yield Finding("load", found, "the bandwidths may be too low: measure on an idle machine")
+    found = f"other processes used {other_cores:.1f} of {all_threads} core(s) meanwhile"
+    advice = "the bandwidths may be too low: run doctor again on an idle machine"
+    yield Finding("load", found, advice if busy else "")
 
 
 def step_finding(step: float, memory: float) -> Finding:
     """Compare the bandwidth of a step with that of the memory, both in GB/s for equal threads."""
+    topic = "bandwidth of a step"
+    if step > memory:
+        found = f"{step:.1f} GB/s, more than the {memory:.1f} GB/s that the memory was measured at"
+        return Finding(topic, found, "run doctor again on an idle machine: one of them is wrong")
     found = f"{step:.1f} GB/s, {step / memory:.0%} of the memory bandwidth"
-    advice = "measure on an idle machine; if it stays low, see the checks of cores and threads"
-    return Finding("bandwidth of a step", found, advice if step < STEP_SHARE * memory else "")
+    advice = "run doctor again on an idle machine; if it stays low, see the checks of cores"
+    return Finding(topic, found, advice if step < STEP_SHARE * memory else "")
 
 
 def low_precision_finding(state_format: StateFormat, step: float) -> Finding:

@@ -52,6 +52,7 @@ def findings_table(findings: Sequence[Finding]) -> Table:
 
 
 def summary(findings: Sequence[Finding]) -> str:
-    """Return the number of findings of each status."""
+    """Return the number of findings of each status, such as "9 ok, 1 warning, 0 failed"."""
     counts = Counter(one.status for one in findings)
-    return ", ".join(f"{counts[status]} {status}" for status in STATUSES)
+    plural = "" if counts["warning"] == 1 else "s"
+    return f"{counts['ok']} ok, {counts['warning']} warning{plural}, {counts['failed']} failed"

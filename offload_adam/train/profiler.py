@@ -35,7 +35,7 @@ from offload_adam.torch_private import default_store
 from offload_adam.train.loop import Job
 from offload_adam.train.plan import specs_of, training_of_job
 from offload_adam.train.run_folder import METRICS_NAME, run_folder
-from offload_adam.train.speeds import known_speeds, limit_gb_per_s
+from offload_adam.train.speeds import faster_than_measured, known_speeds, limit_gb_per_s
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,10 @@ def _inputs(job: Job, profiles: Sequence[RankProfile], found: Diagnosis | None) 
     # A lazy update moves only the rows that have a gradient, so its traffic is not known.
     lazy = isinstance(section, AdamSection) and section.use_lazy
     achieved = None if lazy else _achieved_gb_per_s(update_nbytes(specs, training), profiles[0])
+    limit = None if achieved is None else limit_gb_per_s(job)
+    if achieved is not None and limit is not None and achieved > limit:
+        logger.warning("%s", faster_than_measured(achieved, limit))
+        limit = None  # no limit, so the report shows no share of it
     return ReportInputs(
         title,
         profiles,
@@ -115,7 +119,7 @@ def _inputs(job: Job, profiles: Sequence[RankProfile], found: Diagnosis | None) 
         records,
         predicted=_predicted(job, specs, training, profiles[0].peaks),
         update_gb_per_s=achieved,
-        memory_gb_per_s=None if achieved is None else limit_gb_per_s(job),
+        memory_gb_per_s=limit,
         buckets=by_bucket(job.optimizer.memory_ledger()),
         planned_ms=_planned_ms(specs, training),
         environment=describe_environment(

@@ -28,6 +28,8 @@ NUM_STEPS = 10  # updates that are judged, by their median: a few slow ones do n
 # Share of the memory's bandwidth below which an update counts as slow. A good one reaches 0.9. The
 # margin is for machines whose bandwidth is lower now than when doctor measured it.
 LEAST_SHARE = 0.5
+# Share of that bandwidth above which it was measured too low. Measurements differ by less.
+MOST_SHARE = 1.1
 # Elements of each of the four arrays if doctor has measured nothing: 128 MB in all, about 50 ms.
 _SHORT_NUMEL = 8_000_000
 
@@ -74,7 +76,9 @@ def measured_speeds(training: Training) -> Machine:
 
 
 class UpdateSpeed:
-    """Warns once if the updates of this rank reach less than half of the memory's bandwidth.
+    """Warns once if the updates of this rank are slow, or faster than the memory's bandwidth.
+
+    They are slow below half of the bandwidth.
 
     Args:
         nbytes: traffic of one update of all parameters on this rank. An update without some of the
@@ -106,6 +110,18 @@ class UpdateSpeed:
                 achieved,
                 self._limit_gb_per_s,
             )
+        elif achieved > MOST_SHARE * self._limit_gb_per_s:
+            logger.warning("%s", faster_than_measured(achieved, self._limit_gb_per_s))
+
+
+def faster_than_measured(achieved_gb_per_s: float, limit_gb_per_s: float) -> str:
+    """Return what it means if updates are faster than this rank's share of the bandwidth."""
+    return (
+        f"The update moves {achieved_gb_per_s:.1f} GB/s on this rank, more than the "
+        f"{limit_gb_per_s:.1f} GB/s that were measured as its share of this machine's memory "
+        "bandwidth. The machine was busy during that measurement, or the state fits into the "
+        "caches. Run offload-adam doctor again on an idle machine."
+    )
 
 
 def update_speed(job: Job) -> UpdateSpeed | None:
@@ -127,8 +143,9 @@ def limit_gb_per_s(job: Job) -> float | None:
     """Return this rank's share of its node's memory bandwidth in 1e9 bytes a second.
 
     The bandwidth is what doctor measured with the threads of all ranks of the node. Without such a
-    measurement, it is measured here in about 50 ms. None if this process cannot run that many
-    threads, because each rank is bound to its own cores, or if the arrays do not fit into memory.
+    measurement, or if the machine was busy then, it is measured here in about 50 ms. None if this
+    process cannot run that many threads, because each rank is bound to its own cores, or if the
+    arrays do not fit into memory.
     """
     local = job.world.local_world_size
     of_rank = job.config.optimizer.num_threads or threads_per_rank(
@@ -142,12 +159,13 @@ def _limit_gb_per_s(num_threads: int) -> float | None:
     """Return the memory bandwidth with `num_threads`, or with the next fewer that were measured."""
     if num_threads > allowed_cores():
         return None
-    known = bandwidth_cache.recall().memory
-    fewer = [count for count in known if count <= num_threads]
-    if fewer:
-        return known[max(fewer)]
+    known = bandwidth_cache.recall()
+    fewer = [count for count in known.memory if count <= num_threads]
+    saved = known.memory[max(fewer)] if fewer else 0.0
+    if saved and not known.busy:
+        return saved
     try:
-        return measure_bandwidth([num_threads], numel=_SHORT_NUMEL)[num_threads]
+        return max(saved, measure_bandwidth([num_threads], numel=_SHORT_NUMEL)[num_threads])
     except HostMemoryError as error:
         logger.debug("Skipping the measurement of the memory bandwidth: %s", error)
         return None

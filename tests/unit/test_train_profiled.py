@@ -103,3 +103,18 @@ def test_the_report_compares_updates_with_what_doctor_kept(
     planned = re.search(r"and the update. The plan predicts ([\d.]+) ms .* by doctor", page)
     assert planned is not None
     assert float(planned[1]) == pytest.approx(32 * numel / 2.0 / 1e6, abs=0.06)
+
+
+def test_a_report_shows_no_share_of_a_bandwidth_that_updates_exceed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("plotly")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bandwidth_cache.keep(bandwidth_cache.Bandwidth({1: 1e-4}))
+    run_with(tmp_path, {**SMALL, "train": STEPS, "profile": {"enabled": True}})
+    page = (tmp_path / "case" / "report.html").read_text(encoding="utf-8")
+    (note,) = re.findall(r"<p>(Updates move .*?)</p>", page)
+    assert "%" not in note
+    assert "run offload-adam doctor" in note
+    assert "more than the 0.0 GB/s that were measured as its share" in caplog.text
+    assert "Run offload-adam doctor again on an idle machine." in caplog.text

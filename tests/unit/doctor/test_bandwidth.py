@@ -74,6 +74,36 @@ def test_speeds_of_steps_are_kept_by_format(cache_home: Path) -> None:
     }
 
 
+def test_a_busy_machine_does_not_replace_greater_bandwidths(cache_home: Path) -> None:
+    quiet = Bandwidth({1: 20.0, 2: 40.0}, 30.0, low_precision_steps={"bf16": 28.0, "int8": 9.0})
+    bandwidth_cache.keep(quiet)
+    bandwidth_cache.keep(
+        Bandwidth(
+            {1: 21.0, 2: 5.0}, 4.0, low_precision_steps={"bf16": 3.0, "int8": 10.0}, busy=True
+        )
+    )
+    greater = {1: 21.0, 2: 40.0}
+    steps: dict[StateFormat, float] = {"bf16": 28.0, "int8": 10.0}
+    assert bandwidth_cache.recall() == Bandwidth(greater, 30.0, low_precision_steps=steps)
+    # A quiet machine may have become slower.
+    bandwidth_cache.keep(Bandwidth({1: 10.0, 2: 20.0}, 15.0))
+    known = bandwidth_cache.recall()
+    assert (known.memory, known.step, known.busy) == ({1: 10.0, 2: 20.0}, 15.0, False)
+
+
+def test_bandwidths_of_a_busy_machine_are_marked_until_a_quiet_one_is_measured(
+    cache_home: Path,
+) -> None:
+    bandwidth_cache.keep(Bandwidth({1: 5.0}, 4.0, busy=True))
+    assert bandwidth_cache.recall() == Bandwidth({1: 5.0}, 4.0, busy=True)
+    bandwidth_cache.keep(Bandwidth({1: 6.0}, 3.0, busy=True))
+    assert bandwidth_cache.recall() == Bandwidth({1: 6.0}, 4.0, busy=True)
+    bandwidth_cache.keep(Bandwidth(bus=20.0))  # says nothing about the memory
+    assert bandwidth_cache.recall() == Bandwidth({1: 6.0}, 4.0, bus=20.0, busy=True)
+    bandwidth_cache.keep(Bandwidth({1: 5.5}, 3.5))
+    assert bandwidth_cache.recall() == Bandwidth({1: 5.5}, 3.5, bus=20.0)
+
+
 @pytest.mark.parametrize(("saved", "steps"), [(36.0, {"bf16": 36.0}), (None, {})])
 def test_the_bf16_speed_of_an_earlier_version_is_kept(
     cache_home: Path, saved: float | None, steps: dict[StateFormat, float]

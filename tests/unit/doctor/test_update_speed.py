@@ -50,6 +50,24 @@ def test_updates_below_half_of_the_limit_warn_once(caplog: pytest.LogCaptureFixt
     assert "40.0 GB/s" in caplog.text
 
 
+def test_updates_above_the_limit_say_that_it_was_measured_too_low(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    # 1e9 bytes at 4 GB/s take 250 ms. An update of 28.4 ms moves 880% of that.
+    every = NUM_WARMUP + NUM_STEPS
+    assert warnings_after(UpdateSpeed(10**9, 4.0), caplog, *[28.4] * 3 * every) == 0
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "The update moves 35.2 GB/s on this rank, more than the 4.0 GB/s that were measured as its "
+        "share of this machine's memory bandwidth. The machine was busy during that measurement, "
+        "or the state fits into the caches. Run offload-adam doctor again on an idle machine."
+    )
+    assert "%" not in record.getMessage()
+    caplog.clear()
+    warnings_after(UpdateSpeed(10**9, 4.0), caplog, *[230.0] * every)  # 4.3 GB/s: as good as 4
+    assert caplog.text == ""
+
+
 def test_slow_first_steps_and_single_ones_do_not_count(caplog: pytest.LogCaptureFixture) -> None:
     times_ms = [500.0] * NUM_WARMUP + [500.0] * (NUM_STEPS // 2 - 1) + [30.0] * NUM_STEPS
     assert warnings_after(UpdateSpeed(10**9, 40.0), caplog, *times_ms) == 0
@@ -173,6 +191,18 @@ def test_without_doctor_a_run_measures_for_itself(monkeypatch: pytest.MonkeyPatc
     assert speeds._limit_gb_per_s(1) == 20.0
     assert speeds._limit_gb_per_s(allowed_cores() + 1) is None
     assert measured == [1]
+
+
+@pytest.mark.usefixtures("judged")
+@pytest.mark.parametrize(("saved", "limit"), [(20.0, 30.0), (40.0, 40.0)])
+def test_what_a_busy_machine_saved_is_measured_again(
+    monkeypatch: pytest.MonkeyPatch, saved: float, limit: float
+) -> None:
+    monkeypatch.setattr(
+        speeds, "measure_bandwidth", lambda counts, numel: dict.fromkeys(counts, 30.0)
+    )
+    bandwidth_cache.keep(bandwidth_cache.Bandwidth({1: saved}, busy=True))
+    assert speeds._limit_gb_per_s(1) == limit
 
 
 @pytest.mark.usefixtures("judged")
