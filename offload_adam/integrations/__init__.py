@@ -4,7 +4,7 @@ OffloadAdamCallback   saves and loads the complete optimizer state in a Trainer 
 keep_state_sharded    the same in an Accelerator's save_state and load_state       --> accelerator
 OffloadAdamStrategy   the same in Lightning, and streaming on several ranks        --> lightning
 saved_apart           the state in a folder of its own, beside the tool's own file
-missing               the error if a library is not installed
+missing               the error if a library is not installed, and how to install an extra
 
 Tools save the `state_dict()` of rank 0, which lacks the state of the other ranks. The integrations
 write each rank's state into the folder of the tool's checkpoint. The tool's own file of the

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from offload_adam.errors import MissingExtraError
+from offload_adam.integrations.missing import how_to_install
 from offload_adam.profiling.charts import Chart
 from offload_adam.profiling.curves import loss, memory
 from offload_adam.profiling.diagnosis import Diagnosis
@@ -62,7 +63,7 @@ def write_report(inputs: ReportInputs, path: Path) -> None:
         import vl_convert
     except ImportError as error:
         raise MissingExtraError(
-            "report.html needs vl-convert-python: pip install 'offload-adam[report]'"
+            f"report.html needs vl-convert-python: {how_to_install('report')}"
         ) from error
     sections = [
         f"<h2>{html.escape(chart.title)}</h2><p>{html.escape(chart.caption)}</p>"

@@ -11,6 +11,7 @@ import pydantic_core
 
 from offload_adam.config import ConfigError, Mistake
 from offload_adam.config.sections import ObserveSection
+from offload_adam.integrations.missing import how_to_install
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def reject_missing_extras(section: ObserveSection) -> None:
         # Port 0 asks for a server too, although it is falsy and equals False.
         value = getattr(section, key)
         if missing and value is not None and value is not False:
-            problem = f"needs {' and '.join(missing)}: pip install 'offload-adam[{extra}]'"
+            problem = f"needs {' and '.join(missing)}: {how_to_install(extra)}"
             mistakes.append(Mistake(f"observe.{key}", problem))
     if mistakes:
         raise ConfigError("configuration", mistakes)

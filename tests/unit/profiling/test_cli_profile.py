@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from offload_adam.cli.app import app
+from offload_adam.integrations.missing import how_to_install
 
 TINY = str(Path(__file__).parents[3] / "configs" / "tiny.yaml")
 SHORT = ("--train.num_steps=3", "--train.eval_sequences=2", "--schedule.warmup_steps=0")
@@ -35,7 +36,7 @@ def test_without_the_extra_all_else_is_written_and_it_is_named(
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     with caplog.at_level(logging.INFO):
         assert profile(tmp_path) == (0, ALWAYS)
-    assert "pip install 'offload-adam[report]'" in caplog.text
+    assert f"report.html needs plotly: {how_to_install('report')}" in caplog.text
     assert "A step takes" in caplog.text
     assert "Memory peaked" in caplog.text
 

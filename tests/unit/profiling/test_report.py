@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from offload_adam.errors import MissingExtraError
+from offload_adam.integrations.missing import how_to_install
 from offload_adam.profiling.profile import RankProfile, write_trace
 from offload_adam.profiling.report import ReportInputs, write_report
 from tests.unit.profiling.chrome_trace import read_trace
@@ -134,7 +135,7 @@ def test_the_report_names_ranks_that_lost_spans(tmp_path: Path) -> None:
 
 def test_without_the_extra_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vl_convert", None)
-    with pytest.raises(MissingExtraError, match=r"offload-adam\[report\]"):
+    with pytest.raises(MissingExtraError, match=re.escape(how_to_install("report"))):
         write_report(inputs(), tmp_path / "report.html")
 
 

@@ -20,6 +20,7 @@ import torch
 from offload_adam.config import ConfigError
 from offload_adam.coordinator.progress import PROGRESS, PeerRecord, Process, ProgressRecord
 from offload_adam.coordinator.verdicts import Verdict
+from offload_adam.integrations.missing import how_to_install
 from offload_adam.sinks import sink
 from offload_adam.sinks.server import StatusServer
 from offload_adam.step.ledger import LedgerEntry
@@ -415,8 +416,8 @@ def test_a_missing_package_of_a_sink_is_a_mistake_that_names_the_extra(
     extra: str,
 ) -> None:
     monkeypatch.setattr(sink, "find_spec", lambda name: None if name == package else True)
-    message = rf"observe\.{key}: needs {package}: pip install 'offload-adam\[{extra}\]'"
-    with pytest.raises(ConfigError, match=message):
+    message = f"observe.{key}: needs {package}: {how_to_install(extra)}"
+    with pytest.raises(ConfigError, match=re.escape(message)):
         run(tmp_path, observe={key: value})
     assert not (tmp_path / "case").exists()
 
