@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import logging
 import math
 import os
 import sys
@@ -17,6 +19,7 @@ from torch import nn
 
 from offload_adam.config import ConfigError, Mistake, RunConfig
 from offload_adam.config.sections import ModelSection, ModelSizes, TrainSection
+from offload_adam.coordinator.launcher import launched
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.startup import World
 from offload_adam.fsdp_private import fsdp_groups
@@ -28,6 +31,8 @@ from offload_adam.train.data import (
     cut_batch,
     evaluation_starts,
 )
+
+logger = logging.getLogger(__name__)
 
 _KEY = "model.factory"
 _INIT_STD = 0.02  # GPT-2's
@@ -67,9 +72,8 @@ def _call_factory(section: ModelSection) -> nn.Module:
         model = factory(**section.arguments)
     except (Exception, SystemExit) as error:
         arguments = ", ".join(f"{name}={value!r}" for name, value in section.arguments.items())
-        raise ConfigError.at(
-            _KEY, f"{section.factory}({arguments}) failed: {_described(error)}"
-        ) from error
+        text = f"{section.factory}({arguments}) failed: {_described(error)}"
+        raise ConfigError.at(_KEY, text + _log_traceback(error)) from error
     if not isinstance(model, nn.Module):
         raise ConfigError.at(
             _KEY, f"{section.factory} must return a torch.nn.Module, got {type(model).__name__}"
@@ -81,7 +85,8 @@ def find_factory(spec: str) -> Callable[..., Any]:
     """Import the function that `package.module:function` names, also from the working folder.
 
     Raises:
-        ConfigError: the module or the function is missing, or the import fails.
+        ConfigError: the module or the function is missing, or the import fails. The traceback of an
+            error in the user's code is logged.
     """
     module_name, _, function_name = spec.partition(":")
     if "" not in sys.path and os.getcwd() not in sys.path:
@@ -89,14 +94,52 @@ def find_factory(spec: str) -> Callable[..., Any]:
     try:
         found = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
-        raise ConfigError.at(_KEY, f"cannot import {module_name}: {_described(error)}") from error
+        if isinstance(error, ModuleNotFoundError) and _leads_to(error.name, module_name):
+            problem = (
+                f"there is no module {error.name}: put it into the working directory, {os.getcwd()}"
+                ", or add its folder to PYTHONPATH, which is a part of sys.path"
+            )
+            raise ConfigError.at(_KEY, problem) from error
+        text = f"cannot import {module_name}: {_described(error)}"
+        raise ConfigError.at(_KEY, text + _log_traceback(error)) from error
     try:
         function: Callable[..., Any] = attrgetter(function_name)(found)
     except AttributeError as error:
-        raise ConfigError.at(_KEY, f"{module_name} has no function {function_name}") from error
+        nearest = difflib.get_close_matches(function_name, dir(found), n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        place = getattr(found, "__file__", None) or "built in"
+        problem = f"{module_name} ({place}) has no function {function_name}{hint}"
+        raise ConfigError.at(_KEY, problem) from error
     if not callable(function):
         raise ConfigError.at(_KEY, f"{spec} is not a function: it is a {type(function).__name__}")
     return function
+
+
+def _leads_to(missing: str | None, module_name: str) -> bool:
+    """Return whether a missing module is the wanted one or one of its packages.
+
+    Any other missing module is one that the user's code imports.
+    """
+    return missing is not None and f"{module_name}.".startswith(f"{missing}.")
+
+
+def _log_traceback(error: BaseException) -> str:
+    """Log the part of a traceback that is in the user's code; return what to say about it.
+
+    Returns "" if the error comes from the call itself, such as one with wrong arguments.
+    """
+    own = error.__traceback__
+    while own is not None and _is_not_the_users(own.tb_frame.f_code.co_filename):
+        own = own.tb_next
+    if own is None and not isinstance(error, SyntaxError):
+        return ""
+    if launched("LOCAL_RANK") == 0:  # the same on all ranks
+        logger.error("model.factory raised an error:", exc_info=(type(error), error, own))
+    return ". The error is in your own code: see the traceback above"
+
+
+def _is_not_the_users(filename: str) -> bool:
+    return filename in (__file__, importlib.__file__) or filename.startswith("<frozen importlib")
 
 
 def _reject_unready(model: nn.Module) -> None:

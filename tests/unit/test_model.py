@@ -192,7 +192,69 @@ def test_a_plan_wants_no_values(own_module: str) -> None:
         assert all(p.is_meta for p in build_model(config_for(f"{own_module}:on_meta")).parameters())
 
 
-def test_a_module_that_is_missing_is_an_error() -> None:
-    problem = r"cannot import no_such_package\.models: \w+: No module named 'no_such_package'$"
+@pytest.mark.parametrize(
+    ("module", "missing"),
+    [
+        ("no_such_package.models", "no_such_package"),
+        ("json.no_such_part", "json.no_such_part"),
+        ("no_such_module", "no_such_module"),
+    ],
+)
+def test_a_module_that_is_missing_is_an_error_that_says_where_to_put_it(
+    module: str, missing: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_model(config_for(f"{module}:make"))
+    assert str(caught.value) == (
+        "configuration: 1 mistake\n"
+        f"  model.factory: there is no module {missing}: put it into the working directory, "
+        f"{Path.cwd()}, or add its folder to PYTHONPATH, which is a part of sys.path"
+    )
+    assert caplog.text == ""
+
+
+def test_a_function_that_is_missing_is_an_error_with_the_nearest(own_module: str) -> None:
+    problem = rf"{own_module} \(.*/{own_module}\.py\) has no function scald; did you mean scaled\?$"
     with pytest.raises(ConfigError, match=problem):
-        build_model(config_for("no_such_package.models:make"))
+        build_model(config_for(f"{own_module}:scald"))
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("\nimport no_such_library\n", ["line 2, in <module>", "import no_such_library"]),
+        ("def make(:\n    pass\n", ["line 1", "def make(:", "SyntaxError"]),
+        (
+            "def make():\n    return load()\n\ndef load():\n    return {}['weights']\n",
+            ["line 2, in make", "line 5, in load", "KeyError: 'weights'"],
+        ),
+    ],
+    ids=["import", "syntax", "call"],
+)
+def test_an_error_in_the_users_code_keeps_its_own_traceback(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    source: str,
+    words: list[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    name = f"own_code_{request.node.callspec.id}"
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    ending = r"The error is in your own code: see the traceback above$"
+    with pytest.raises(ConfigError, match=ending):
+        build_model(config_for(f"{name}:make"))
+    for word in words:
+        assert word in caplog.text
+    assert f"{name}.py" in caplog.text
+    assert "train/model.py" not in caplog.text
+    assert "importlib" not in caplog.text
+
+
+def test_a_call_with_wrong_arguments_has_no_traceback(
+    own_module: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ConfigError, match=r"unexpected keyword argument 'depth'"):
+        build_model(config_for(f"{own_module}:scaled", depth=3))
+    assert caplog.text == ""
