@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from offload_adam.config import ConfigError, RunConfig
+from offload_adam.config import ConfigError, RunConfig, load_config
 from offload_adam.config.sections import ModelSizes
 from offload_adam.train.data import Batch
 from offload_adam.train.model import GPT, build_model, next_token_loss
@@ -258,3 +258,25 @@ def test_a_call_with_wrong_arguments_has_no_traceback(
     with pytest.raises(ConfigError, match=r"unexpected keyword argument 'depth'"):
         build_model(config_for(f"{own_module}:scaled", depth=3))
     assert caplog.text == ""
+
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_numbers_in_the_comments_of_a_file_in_configs_are_those_of_its_run(path: Path) -> None:
+    comments = " ".join(re.findall(r"^# ?(.*)$", path.read_text(encoding="utf-8"), re.MULTILINE))
+    config = load_config(path)
+    with torch.device("meta"):
+        numel = sum(parameter.numel() for parameter in build_model(config).parameters())
+    for number in re.findall(r"([\d.,-]+)[ -]million", comments):
+        assert number == f"{numel / 1e6:.0f}"
+    train = config.train
+    tokens = train.batch_size * train.gradient_accumulation_steps * train.sequence_length
+    for found in re.findall(r"([\d,]+) steps of ([\d,]+) tokens", comments):
+        assert found == (f"{train.num_steps:,}", f"{tokens:,}")
+
+
+def test_the_files_in_configs_of_many_ranks_say_how_large_their_model_is() -> None:
+    named = {path.stem for path in CONFIGS if "million parameters" in path.read_text("utf-8")}
+    assert named == {"bf16_accumulation", "fsdp2", "weights_on_host"}
