@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from offload_adam.cli.output import fail, format_count
+from offload_adam.cli.output import fail
 
 if TYPE_CHECKING:
     from offload_adam.checkpoint.format import Manifest
@@ -128,6 +128,7 @@ def _print_contents(values: dict[str, Any]) -> None:
     from rich.text import Text
 
     from offload_adam.printable import MAX_MESSAGE_LENGTH, printable
+    from offload_adam.train.console import format_count
     from offload_adam.units import format_nbytes
 
     title = f"step {values['step']}, saved by {values['world_size']} rank(s)"

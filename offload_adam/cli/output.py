@@ -1,4 +1,4 @@
-"""Error messages of the commands on stderr, result files, and numbers as people say them."""
+"""Error messages of the commands on stderr, and the files that a user names for their results."""
 
 from __future__ import annotations
 
@@ -37,13 +37,3 @@ def write_text(path: Path, text: str, option: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         fail(f"{option} {path} cannot be written: {error.strerror}. Name another file.")
-
-
-def format_count(count: float) -> str:
-    """Return a count with three digits and a unit, such as '10.8 M'; below 1,000 as it is."""
-    for unit in ("", " K", " M", " B"):
-        text = f"{count:.3g}"
-        if float(text) < 1000:  # 999,999 is '1 M', not '1e+03 K'
-            return text + unit
-        count /= 1000
-    return f"{count:,.3g} T"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -16,30 +17,55 @@ from offload_adam.train.records import RunTotals, StepRecord
 
 # Seconds between two lines in a log file: progress is visible, and an hour has at most 720 lines.
 _LINE_EVERY_S = 5.0
+WIDTH = 100
+"""Columns of the line of a step."""
 
 
-def describe(record: StepRecord) -> str:
-    """Return the metrics of a step in one line, with the phases that took at least 0.5 ms."""
-    phases = {name: ms for name, ms in record.timings_ms.items() if "." not in name}
-    split = ", ".join(f"{name} {ms:.0f}" for name, ms in phases.items() if ms >= 0.5)
-    figures = [
-        f"loss {record.loss:.4f}",
-        f"lr {record.lr:.2e}",
-        f"norm {record.grad_norm:.3f}",
-    ]
+def describe(record: StepRecord, num_steps: int) -> str:
+    """Return a step and its metrics in one line of at most `WIDTH` columns.
+
+    It ends with the milliseconds of phases, as many as fit: the optimizer's step first, then the
+    longest ones.
+    """
+    figures = [f"step {record.step}/{num_steps}", f"loss {_loss(record.loss)}"]
+    if record.val_loss is not None:
+        figures.append(f"val {_loss(record.val_loss)}")
+    figures += [f"lr {record.lr:.2e}", f"norm {record.grad_norm:.3g}"]
     if record.is_resumed:
         figures.append("completed from kept state")
     else:
-        figures += [
-            f"{record.tokens_per_s:,.0f} tokens/s",
-            f"{record.step_ms:.0f} ms",
-            f"({split})",
-        ]
-    if record.val_loss is not None:
-        figures.append(f"validation loss {record.val_loss:.4f}")
-    if record.skipped:
-        figures.append("skipped")  # the optimizer has logged which gradients are non-finite
-    return "  ".join(figures)
+        speed = format_count(record.tokens_per_s).replace(" ", "")
+        figures += [f"{speed} tokens/s", _time(record.step_ms)]
+    skipped = ["skipped"] if record.skipped else []  # the log says which gradients are non-finite
+    phases = {name: ms for name, ms in record.timings_ms.items() if "." not in name and ms >= 0.5}
+    longest = sorted(phases, key=lambda name: (name != "step", -phases[name]))
+    for number in range(len(longest), -1, -1):
+        shown = [f"{name} {ms:.0f}" for name, ms in phases.items() if name in longest[:number]]
+        split = [f"({', '.join(shown)})"] if shown else []
+        line = "  ".join([*figures, *split, *skipped])
+        if len(line) <= WIDTH:
+            return line
+    return " ".join([*figures, *skipped])
+
+
+def _loss(loss: float) -> str:
+    """Return a loss with 4 decimals, or 4 digits if it is large."""
+    return f"{loss:.4f}" if not abs(loss) >= 100 else f"{loss:.4g}"
+
+
+def format_count(count: float) -> str:
+    """Return a count with three digits and a unit, such as '10.8 M'; below 1,000 as it is."""
+    for unit in ("", " K", " M", " B"):
+        text = f"{count:.3g}"
+        if float(text) < 1000:  # 999,999 is '1 M', not '1e+03 K'
+            return text + unit
+        count /= 1000
+    return f"{count:,.3g} T"
+
+
+def _time(ms: float) -> str:
+    """Return the time of a step, such as '12 ms' or '12.3 s'."""
+    return f"{ms:.0f} ms" if ms < 10_000 else f"{ms / 1e3:.1f} s"
 
 
 def print_line(console: Console, line: str) -> None:
@@ -74,7 +100,7 @@ class StepDisplay:
 
     def show(self, record: StepRecord) -> None:
         """Show one step."""
-        text, now_s = describe(record), time.monotonic()
+        text, now_s = describe(record, self._num_steps), time.monotonic()
         if self._console.is_terminal:
             self._bar.update(self._task, completed=record.step)
             self._live.update(Group(self._bar, Text(text)))
@@ -84,7 +110,7 @@ class StepDisplay:
             due |= now_s - self._last_line_s >= _LINE_EVERY_S
         if due or record.skipped:
             self._last_line_s = now_s
-            print_line(self._console, f"step {record.step}/{self._num_steps}  {text}")
+            print_line(self._console, text)
 
 
 def summary_table(totals: RunTotals, bigram_loss: float, folder: Path) -> Table:
@@ -116,3 +142,27 @@ def summary_table(totals: RunTotals, bigram_loss: float, folder: Path) -> Table:
     table.add_section()
     table.add_row("run folder", Text(str(folder)))  # rich reads [name] in a string as markup
     return table
+
+
+def compare_with_bigram(
+    val_loss: float | None, bigram_loss: float, num_steps: int, tokens: int, training_tokens: int
+) -> Iterator[str]:
+    """Yield what it means if the model is worse than the bigram baseline, nothing if it is not.
+
+    Args:
+        val_loss: of the last step in nats a token; None if it was not evaluated.
+        tokens: seen in `num_steps` steps, since the first start of the run.
+        training_tokens: tokens of the training split.
+    """
+    if val_loss is None or not val_loss > bigram_loss:
+        return
+    losses = f"{val_loss:.4f} nats) than a bigram model ({bigram_loss:.4f} nats"
+    yield f"The model predicts worse ({losses})."
+    seen = f"{num_steps:,} steps are {tokens:,} tokens"
+    if tokens < training_tokens:
+        share = 100 * tokens / training_tokens
+        yield f"The run was short: {seen}, {share:.2g}% of the training text."
+        longer = f"--train.num_steps={10 * num_steps}"
+        yield f"Train longer, with {longer}, or run configs/quickstart.yaml."
+    else:
+        yield f"The run was not short: {seen}. Change optimizer.lr or model.sizes."

@@ -34,7 +34,7 @@ from offload_adam.kernels.threads import ThreadSettingsError, cores_per_rank
 from offload_adam.mindspore.adam import Adam
 from offload_adam.optimizer import OffloadAdam
 from offload_adam.sinks.sink import reject_missing_extras
-from offload_adam.train.console import StepDisplay, print_line, summary_table
+from offload_adam.train.console import StepDisplay, compare_with_bigram, print_line, summary_table
 from offload_adam.train.data import Corpus, bigram_loss, load_corpus
 from offload_adam.train.kept import may_resume_kept, resume_kept
 from offload_adam.train.loop import Job, run_steps
@@ -305,6 +305,11 @@ def _train_and_report(
         words = "with a checkpoint" if saved else "without a checkpoint"
         print_line(console, f"preempted: ended after step {last}, {words}")
     console.print(summary_table(totals, baseline, run_folder(config)))
+    tokens = job.samples_before(last + 1) * config.train.sequence_length
+    for line in compare_with_bigram(
+        totals.last.val_loss, baseline, last, tokens, len(job.corpus.training)
+    ):
+        print_line(console, line)
     return last
 
 

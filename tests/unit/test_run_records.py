@@ -11,6 +11,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -18,7 +19,13 @@ from rich.console import Console
 from offload_adam.config import RunConfig, load_config
 from offload_adam.profiling.json_lines import read_objects
 from offload_adam.train import console
-from offload_adam.train.console import StepDisplay, summary_table
+from offload_adam.train.console import (
+    StepDisplay,
+    compare_with_bigram,
+    describe,
+    format_count,
+    summary_table,
+)
 from offload_adam.train.records import RunTotals, StepRecord
 from offload_adam.train.run_folder import open_run_folder
 
@@ -199,7 +206,7 @@ def test_both_displays_show_loss_and_skips() -> None:
             for shown in (record(1), skipped, record(3, loss=1.25, val_loss=1.5)):
                 display.show(shown)
         assert "loss 1.2500" in text.getvalue()
-        assert "validation loss 1.5000" in text.getvalue()
+        assert "val 1.5000" in text.getvalue()
         assert re.search(r"step 2/3  loss nan .*  skipped\n", text.getvalue())
 
 
@@ -216,4 +223,134 @@ def test_a_log_file_gets_the_first_and_the_last_step_and_one_every_few_seconds(
         now_s[0] += 2.0
     lines = text.getvalue().splitlines()
     assert [line.split()[1] for line in lines] == ["1/6", "4/6", "6/6"]
+    assert lines[0] == (
+        "step 1/6  loss 0.3000  lr 3.33e-05  norm 3.14  14.3K tokens/s  20 ms  (forward 5)"
+    )
     assert all(line.endswith("20 ms  (forward 5)") for line in lines)
+
+
+PHASES = {"data": 11.0, "forward": 3456.0, "backward": 7890.0, "step": 456.0, "loss": 12.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_steps", "line"),
+    [
+        (
+            {"step": 40, "val_loss": 3.0874},
+            40,
+            "step 40/40  loss 3.1854  val 3.0874  lr 1.02e-03  norm 0.999  44.5K tokens/s  12 ms  "
+            "(step 1)",
+        ),
+        (
+            {"step": 39},
+            40,
+            "step 39/40  loss 3.1854  lr 1.02e-03  norm 0.999  44.5K tokens/s  12 ms  "
+            "(backward 7, step 1)",
+        ),
+        (
+            {
+                "step": 1_000_000,
+                "val_loss": 10.9876,
+                "loss": 10.1234,
+                "grad_norm": 12_345.6,
+                "tokens_per_s": 12_345_678.0,
+                "step_ms": 12_345.6,
+                "timings_ms": PHASES,
+            },
+            1_000_000,
+            "step 1000000/1000000  loss 10.1234  val 10.9876  lr 1.02e-03  norm 1.23e+04  "
+            "12.3M tokens/s  12.3 s",
+        ),
+        (
+            {
+                "step": 2**24,
+                "val_loss": 123_456.0,
+                "loss": 1.5e10,
+                "grad_norm": 3e30,
+                "tokens_per_s": 9.99e8,
+                "step_ms": 1e6,
+                "timings_ms": PHASES,
+            },
+            2**24,
+            "step 16777216/16777216 loss 1.5e+10 val 1.235e+05 lr 1.02e-03 norm 3e+30 "
+            "999M tokens/s 1000.0 s",
+        ),
+        (
+            {"step": 2, "loss": math.nan, "grad_norm": math.nan, "skipped": True},
+            3,
+            "step 2/3  loss nan  lr 1.02e-03  norm nan  44.5K tokens/s  12 ms  "
+            "(backward 7, step 1)  skipped",
+        ),
+        (
+            {"step": 2, "step_ms": math.nan, "timings_ms": {}},
+            3,
+            "step 2/3  loss 3.1854  lr 1.02e-03  norm 0.999  completed from kept state",
+        ),
+    ],
+    ids=["validated", "usual", "large", "largest", "skipped", "resumed"],
+)
+def test_a_step_takes_one_line_of_100_columns(
+    changes: dict[str, Any], num_steps: int, line: str
+) -> None:
+    usual = StepRecord(
+        step=1,
+        loss=3.1854,
+        lr=1.02e-3,
+        grad_norm=0.999,
+        skipped=False,
+        step_ms=12.2,
+        tokens_per_s=44_474.0,
+        timings_ms={"data": 0.3, "forward": 3.4, "backward": 7.2, "step": 1.1, "loss": 0.2},
+    )
+    assert describe(replace(usual, **changes), num_steps) == line
+    assert len(line) <= 100
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1_000, "1 K"),
+        (10_800_000, "10.8 M"),
+        (85_228_032, "85.2 M"),
+        (999_999_999, "1 B"),
+        (1_300_000_000, "1.3 B"),
+        (2.5e12, "2.5 T"),
+    ],
+)
+def test_counts_are_written_as_people_say_them(count: float, text: str) -> None:
+    assert format_count(count) == text
+
+
+@pytest.mark.parametrize(
+    ("val_loss", "tokens", "lines"),
+    [
+        (None, 100, []),
+        (2.5, 100, []),
+        (math.nan, 100, []),
+        (
+            3.08744,
+            20_480,
+            [
+                "The model predicts worse (3.0874 nats) than a bigram model (2.5000 nats).",
+                "The run was short: 40 steps are 20,480 tokens, 0.21% of the training text.",
+                "Train longer, with --train.num_steps=400, or run configs/quickstart.yaml.",
+            ],
+        ),
+        (
+            2.51,
+            10_000_000,
+            [
+                "The model predicts worse (2.5100 nats) than a bigram model (2.5000 nats).",
+                "The run was not short: 40 steps are 10,000,000 tokens. Change optimizer.lr or "
+                "model.sizes.",
+            ],
+        ),
+    ],
+)
+def test_a_run_that_is_worse_than_the_baseline_says_what_that_means(
+    val_loss: float | None, tokens: int, lines: list[str]
+) -> None:
+    assert list(compare_with_bigram(val_loss, 2.5, 40, tokens, 9_900_000)) == lines
+    assert all(len(line) <= 100 for line in lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -50,6 +51,19 @@ def test_a_run_repeats_to_the_bit(tmp_path: Path) -> None:
     assert first[-1]["val_loss"] == second[-1]["val_loss"]
     assert first[-1]["val_loss"] < first[0]["loss"] - 1.0
     assert f"{first[-1]['val_loss']:.4f} nats" in printed
+    # 30 steps of 64 tokens are too few to learn more than a table of byte pairs.
+    assert printed.splitlines()[-2:] == [
+        "The run was short: 30 steps are 1,920 tokens, "
+        f"{192_000 / training_tokens(printed):.2g}% of the training text.",
+        "Train longer, with --train.num_steps=300, or run configs/quickstart.yaml.",
+    ]
+
+
+def training_tokens(printed: str) -> int:
+    """Return the bytes of the training split, as the run names them."""
+    found = re.search(r"([\d,]+) bytes for training", printed)
+    assert found is not None
+    return int(found[1].replace(",", ""))
 
 
 def test_evaluations_stand_where_they_were_asked_for(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from offload_adam import OffloadAdam, save_checkpoint
 from offload_adam.checkpoint.format import MANIFEST_NAME, sealed
 from offload_adam.cli import checkpoint as cli_checkpoint
 from offload_adam.cli.app import app
-from offload_adam.cli.output import format_count
 
 
 @pytest.fixture
@@ -196,23 +195,6 @@ def test_inspect_prints_json(saved: Path) -> None:
         "total": {"tensors": 6, "elements": 45, "nbytes": 180},
     }
     assert command("inspect", str(saved / "none"), "--json")[0] == 1
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0"),
-        (999, "999"),
-        (1_000, "1 K"),
-        (10_800_000, "10.8 M"),
-        (85_228_032, "85.2 M"),
-        (999_999_999, "1 B"),
-        (1_300_000_000, "1.3 B"),
-        (2.5e12, "2.5 T"),
-    ],
-)
-def test_counts_are_written_as_people_say_them(count: float, text: str) -> None:
-    assert format_count(count) == text
 
 
 @pytest.mark.parametrize("name", ["verify", "inspect"])
