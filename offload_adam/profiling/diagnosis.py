@@ -189,10 +189,16 @@ def _latest(ranks: Sequence[_Charges]) -> LateRank | None:
         phase = phases[int(excess_ms.argmax())]
         longer = f": its {phase} takes {excess_ms.max():.1f} ms longer"
     rank, host = ranks[slow].profile.rank, ranks[slow].profile.host
+    if len({rank.profile.host for rank in ranks}) > 1:
+        advice = (
+            "and compare the output of `offload-adam doctor` there with that of another rank's "
+            "machine"
+        )
+    else:
+        advice = "and start no more ranks than it has cores"
     sentence = (
         f"Rank {rank} on {host} is {late_ms[slow]:.1f} ms later than other ranks{longer}. Look for "
-        f"other processes on {host}, and compare the output of `offload-adam doctor` there with "
-        "that of another rank's machine."
+        f"other processes on {host}, {advice}."
     )
     return LateRank(rank, float(late_ms[slow]), phase, sentence)
 

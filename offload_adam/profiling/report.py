@@ -81,7 +81,7 @@ def write_report(inputs: ReportInputs, path: Path) -> None:
         charts="\n".join(sections),
         glossary=_definitions(GLOSSARY),
         environment=_definitions(inputs.environment),
-        script=vl_convert.javascript_bundle(),
+        script=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),
     )
     path.write_text(page, encoding="utf-8")
 
@@ -120,6 +120,12 @@ def _notes(inputs: ReportInputs, peaks: Sequence[Peak]) -> Iterator[str]:
         text = f"Updates move {measured:.1f} GB/s on rank 0"
         if share is None:
             yield f"{text}. To measure this machine's memory bandwidth, run offload-adam doctor."
+        elif measured > share:
+            yield (
+                f"{text}, more than the {share:.1f} GB/s measured as this rank's share of "
+                "the machine's memory bandwidth: the machine was busy then, or the state fits into "
+                "the caches. Run offload-adam doctor again on an idle machine."
+            )
         else:
             yield (
                 f"{text}, {measured / share:.0%} of the {share:.1f} GB/s that are this rank's "

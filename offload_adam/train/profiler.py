@@ -111,7 +111,6 @@ def _inputs(job: Job, profiles: Sequence[RankProfile], found: Diagnosis | None) 
     limit = None if achieved is None else limit_gb_per_s(job)
     if achieved is not None and limit is not None and achieved > limit:
         logger.warning("%s", faster_than_measured(achieved, limit))
-        limit = None  # no limit, so the report shows no share of it
     return ReportInputs(
         title,
         profiles,

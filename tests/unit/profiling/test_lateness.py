@@ -110,6 +110,10 @@ def test_a_rank_that_is_always_late_is_named_with_its_phase() -> None:
         found.sentence
     )
     assert "takes 40.0 ms longer" in found.sentence
+    assert found.sentence.endswith(
+        "Look for other processes on host-3, and compare the output of `offload-adam doctor` there "
+        "with that of another rank's machine."
+    )
 
 
 def test_with_a_slow_network_no_rank_is_named() -> None:
@@ -196,3 +200,7 @@ def test_lateness_on_another_thread_is_charged_to_the_late_rank() -> None:
     assert found.late is not None
     assert found.late.rank == 1
     assert found.late.late_ms == pytest.approx(80.0)
+    # Both ranks are on this host.
+    assert found.late.sentence.endswith(
+        "Look for other processes on h, and start no more ranks than it has cores."
+    )
