@@ -2,6 +2,12 @@
 
 After an error or a signal, torchrun itself ends with a traceback and exit code 1. The scripts in
 this folder run this file in place of torchrun. LAUNCHED_AS is the name of the script to print.
+
+A preempted run exits with 0, as a finished one does. Two variables tell a scheduler that it is to
+start the run again:
+    PREEMPTED_EXIT_CODE  the exit code of a run that was preempted and can be resumed. With this
+                         variable, a preempted run that could not save a checkpoint exits with 1.
+    PREEMPTED_FILE       an empty file to create if the run was preempted and can be resumed.
 """
 
 from __future__ import annotations
@@ -30,6 +36,7 @@ def run(arguments: list[str], folder: Path) -> tuple[int, str]:
     """Run torchrun and return the job's exit code, and what happened and what to do."""
     # Inherited by the ranks. Local rank 0 writes the file if the job ends without an error.
     outcome_file = folder / "outcome.json"
+    preempted_code = int(os.environ.get("PREEMPTED_EXIT_CODE", "0"))
     os.environ["OFFLOAD_ADAM_OUTCOME_FILE"] = str(outcome_file)
     # torchrun copies the error of the first failed rank to this file, and complains without it.
     os.environ.setdefault("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
@@ -46,7 +53,7 @@ def run(arguments: list[str], folder: Path) -> tuple[int, str]:
     except Exception:
         traceback.print_exc()
         return 1, "torchrun failed, see its error above"
-    return 0, describe_end(outcome_file)
+    return describe_end(outcome_file, preempted_code)
 
 
 def describe_failure(error: ChildFailedError) -> tuple[int, str]:
@@ -63,15 +70,20 @@ def describe_failure(error: ChildFailedError) -> tuple[int, str]:
     return code, SENTENCES.get(code, f"rank {rank} failed: fix the cause and {RESUMES}")
 
 
-def describe_end(outcome_file: Path) -> str:
-    """Return how a run without an error ended."""
+def describe_end(outcome_file: Path, preempted_code: int) -> tuple[int, str]:
+    """Return the exit code of a run without an error, and how it ended."""
     if not outcome_file.exists():
-        return "the run is done"
+        return 0, "the run is done"
     outcome = json.loads(outcome_file.read_text(encoding="utf-8"))
     if not outcome["preempted"]:
-        return f"the run is done after step {outcome['step']}"
-    saved = "and can be resumed" if outcome["saved"] else "without a checkpoint of this step"
-    return f"the run was preempted after step {outcome['step']} {saved}: {AGAIN}"
+        return 0, f"the run is done after step {outcome['step']}"
+    ended = f"the run was preempted after step {outcome['step']}"
+    if not outcome["saved"]:
+        code = 1 if preempted_code else 0
+        return code, f"{ended} without a checkpoint of this step: {AGAIN}"
+    if marker := os.environ.get("PREEMPTED_FILE"):
+        Path(marker).touch()
+    return preempted_code, f"{ended} and can be resumed: {AGAIN}"
 
 
 def main() -> None:

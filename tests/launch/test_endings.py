@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -58,6 +59,16 @@ def test_a_rejected_configuration_ends_with_2(tmp_path: Path) -> None:
     assert "Traceback" not in printed
 
 
+def _torchrun() -> ModuleType:
+    """Return launch/torchrun.py as a module."""
+    spec = importlib.util.spec_from_file_location("launch_torchrun", ROOT / "launch/torchrun.py")
+    assert spec is not None
+    assert spec.loader is not None
+    launched = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(launched)
+    return launched
+
+
 @pytest.mark.parametrize(
     ("codes", "times_s", "code", "sentence"),
     [
@@ -72,17 +83,45 @@ def test_the_exit_code_is_that_of_the_rank_that_failed_first(
     codes: tuple[int, ...], times_s: tuple[int, ...], code: int, sentence: str
 ) -> None:
     """The other ranks are ended by torchrun with SIGTERM (-15), at times within the same second."""
-    spec = importlib.util.spec_from_file_location("launch_torchrun", ROOT / "launch/torchrun.py")
-    assert spec is not None
-    assert spec.loader is not None
-    launched = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(launched)
+    launched = _torchrun()
     failures = {rank: ProcessFailure(rank, 1, one, "") for rank, one in enumerate(codes)}
     for failure, time_s in zip(failures.values(), times_s, strict=True):
         failure.timestamp = time_s
     found = launched.describe_failure(ChildFailedError("offload_adam", failures))
     assert found[0] == code
     assert sentence in found[1]
+
+
+@pytest.mark.parametrize(
+    ("preempted", "saved", "code", "is_marked"),
+    [(True, True, 75, True), (True, False, 1, False), (False, True, 0, False)],
+)
+def test_a_scheduler_can_tell_a_preempted_run_from_a_finished_one(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    preempted: bool,
+    saved: bool,
+    code: int,
+    is_marked: bool,
+) -> None:
+    launched, marker = _torchrun(), tmp_path / "preempted"
+    outcome = {"step": 5, "preempted": preempted, "saved": saved}
+
+    def end(arguments: list[str]) -> None:
+        Path(os.environ["OFFLOAD_ADAM_OUTCOME_FILE"]).write_text(json.dumps(outcome))
+
+    monkeypatch.setattr(launched, "torchrun", end)
+    monkeypatch.setenv("OFFLOAD_ADAM_OUTCOME_FILE", "")  # restored after the test
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "")
+    monkeypatch.setenv("PREEMPTED_EXIT_CODE", "75")
+    monkeypatch.setenv("PREEMPTED_FILE", str(marker))
+    assert launched.run([], tmp_path)[0] == code
+    assert marker.exists() == is_marked
+    marker.unlink(missing_ok=True)
+    monkeypatch.delenv("PREEMPTED_EXIT_CODE")
+    monkeypatch.delenv("PREEMPTED_FILE")
+    assert launched.run([], tmp_path)[0] == 0
+    assert not marker.exists()
 
 
 @pytest.mark.fault
@@ -112,8 +151,11 @@ def test_two_jobs_at_once_do_not_disturb_each_other(
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_preempted_run_ends_with_0_and_is_resumed(tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize(("number", "ends_with"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 75)])
+def test_a_preempted_run_ends_with_0_and_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, ends_with: int
+) -> None:
+    monkeypatch.setenv("PREEMPTED_EXIT_CODE", str(ends_with))
     process = start(tmp_path, "--train.num_steps=100000")
     metrics = tmp_path / "tiny" / "metrics.jsonl"
     deadline_s = time.monotonic() + 60
@@ -128,10 +170,10 @@ def test_a_preempted_run_ends_with_0_and_is_resumed(tmp_path: Path, number: int)
     process.send_signal(number)
     code, printed, last = end_of(process)
     step = metrics.read_text().count("\n")
-    assert code == 0, printed
+    assert code == ends_with, printed
     assert last == (
         f"{SCRIPT}: the run was preempted after step {step} and can be resumed: "
-        "run the same command again (exit code 0)"
+        f"run the same command again (exit code {ends_with})"
     )
     assert "Traceback" not in printed
     code, printed, last = end_of(start(tmp_path, f"--train.num_steps={step + 1}"))

@@ -54,8 +54,7 @@ class Checkout:
         shutil.copytree(_ROOT / "launch", self.root / "launch")
         shutil.copy(_ROOT / "pyproject.toml", self.root)
         for name in _PYTHON_NAMES:
-            (self._stand_ins / name).write_text(_STAND_IN)
-            (self._stand_ins / name).chmod(0o755)
+            self.stand_in(name, _STAND_IN)
 
     def run(
         self, script: str, *arguments: str, env: Mapping[str, str] | None = None
@@ -95,6 +94,11 @@ class Checkout:
             text=True,
             start_new_session=True,
         )
+
+    def stand_in(self, name: str, text: str) -> None:
+        """Put a command on the PATH."""
+        (self._stand_ins / name).write_text(text)
+        (self._stand_ins / name).chmod(0o755)
 
     def installs(self) -> list[str]:
         """Return the installs of the last run, from the first argument that differs on."""
@@ -292,3 +296,55 @@ def test_multi_node_meets_at_the_head_node(checkout: Checkout) -> None:
         "run.yaml",
         "--train.num_steps=5",
     ]
+
+
+def submit(checkout: Checkout, **env: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """Run the Slurm script with stand-ins for Slurm's commands; return the commands, too."""
+    asked = checkout.root / "commands"
+    record = f'#!/usr/bin/env bash\nprintf \'%s\\n\' "${{0##*/}} $*" >>"{asked}"\n'
+    checkout.stand_in("scontrol", record + '[[ "$1" != show ]] || printf "first\\nsecond\\n"\n')
+    checkout.stand_in(
+        "srun",
+        f"{record}env >>'{asked}'\n"
+        '[[ -z "${PREEMPTED:-}" ]] || touch "$PREEMPTED_FILE"\nexit "${SRUN_STATUS:-0}"\n',
+    )
+    slurm = {
+        "SLURM_SUBMIT_DIR": str(checkout.root),
+        "SLURM_JOB_NODELIST": "listed[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_ID": "34567",
+        "SLURM_CPUS_ON_NODE": "8",
+    }
+    done = checkout.run("slurm.sbatch", "run.yaml", "--train.num_steps=5", env=slurm | env)
+    return done, asked.read_text().splitlines()
+
+
+def test_slurm_starts_each_machine_with_the_first_as_head(checkout: Checkout) -> None:
+    done, commands = submit(checkout)
+    assert done.returncode == 0, done.stderr
+    assert commands[:2] == [
+        "scontrol show hostnames listed[1-2]",
+        "srun --cpus-per-task=8 --kill-on-bad-exit=1 launch/multi_node.sh run.yaml "
+        "--train.num_steps=5",
+    ]
+    assert {"HEAD_NODE=first", "HEAD_PORT=24567", "NUM_NODES=2", "JOB_ID=34567"} <= {*commands}
+    assert not [command for command in commands if command.startswith("scontrol requeue")]
+
+
+def test_a_preempted_slurm_job_is_requeued(checkout: Checkout) -> None:
+    done, commands = submit(checkout, PREEMPTED="1")
+    assert done.returncode == 0, done.stderr
+    assert commands[-1] == "scontrol requeue 34567"
+    assert not list(checkout.root.glob("*.preempted"))
+    stale = checkout.root / "offload-adam-34567.preempted"
+    stale.touch()  # of a start that was killed
+    (checkout.root / "commands").unlink()
+    _, commands = submit(checkout)
+    assert commands[-1] != "scontrol requeue 34567"
+    assert not stale.exists()
+
+
+def test_a_failed_slurm_job_is_not_requeued(checkout: Checkout) -> None:
+    done, commands = submit(checkout, PREEMPTED="1", SRUN_STATUS="3")
+    assert done.returncode == 3
+    assert commands[-1] != "scontrol requeue 34567"
