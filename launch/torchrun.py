@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from pathlib import Path
 
@@ -36,7 +38,6 @@ def run(arguments: list[str], folder: Path) -> tuple[int, str]:
     """Run torchrun and return the job's exit code, and what happened and what to do."""
     # Inherited by the ranks. Local rank 0 writes the file if the job ends without an error.
     outcome_file = folder / "outcome.json"
-    preempted_code = int(os.environ.get("PREEMPTED_EXIT_CODE", "0"))
     os.environ["OFFLOAD_ADAM_OUTCOME_FILE"] = str(outcome_file)
     # torchrun copies the error of the first failed rank to this file, and complains without it.
     os.environ.setdefault("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
@@ -53,7 +54,7 @@ def run(arguments: list[str], folder: Path) -> tuple[int, str]:
     except Exception:
         traceback.print_exc()
         return 1, "torchrun failed, see its error above"
-    return describe_end(outcome_file, preempted_code)
+    return describe_end(outcome_file)
 
 
 def describe_failure(error: ChildFailedError) -> tuple[int, str]:
@@ -70,13 +71,14 @@ def describe_failure(error: ChildFailedError) -> tuple[int, str]:
     return code, SENTENCES.get(code, f"rank {rank} failed: fix the cause and {RESUMES}")
 
 
-def describe_end(outcome_file: Path, preempted_code: int) -> tuple[int, str]:
+def describe_end(outcome_file: Path) -> tuple[int, str]:
     """Return the exit code of a run without an error, and how it ended."""
     if not outcome_file.exists():
         return 0, "the run is done"
     outcome = json.loads(outcome_file.read_text(encoding="utf-8"))
     if not outcome["preempted"]:
         return 0, f"the run is done after step {outcome['step']}"
+    preempted_code = int(os.environ.get("PREEMPTED_EXIT_CODE", "0"))
     ended = f"the run was preempted after step {outcome['step']}"
     if not outcome["saved"]:
         code = 1 if preempted_code else 0
@@ -86,12 +88,39 @@ def describe_end(outcome_file: Path, preempted_code: int) -> tuple[int, str]:
     return preempted_code, f"{ended} and can be resumed: {AGAIN}"
 
 
-def main() -> None:
-    """Run torchrun with the arguments of this process."""
-    with tempfile.TemporaryDirectory(prefix="offload-adam-") as folder:
-        code, text = run(sys.argv[1:], Path(folder))
+def end_preempted(folder: Path, is_over: threading.Event) -> None:
+    """End this process soon after a signal to another machine has ended its ranks.
+
+    torchrun would wait 300 s for the processes like this one on all other machines. But one that
+    gets a signal ends without telling the others, and a signal does not interrupt the wait.
+    """
+    outcome_file = folder / "outcome.json"
+    while not outcome_file.exists():
+        if is_over.wait(1):
+            return
+    # Meanwhile the other ranks of this machine end, and usually this process.
+    if is_over.wait(15) or not json.loads(outcome_file.read_text(encoding="utf-8"))["preempted"]:
+        return
+    code, text = describe_end(outcome_file)
+    shutil.rmtree(folder, ignore_errors=True)
+    report(code, text)
+    os._exit(code)
+
+
+def report(code: int, text: str) -> None:
+    """Print the last line."""
     name = os.environ.get("LAUNCHED_AS", "torchrun.py")
     print(f"{name}: {text} (exit code {code})", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Run torchrun with the arguments of this process."""
+    is_over = threading.Event()
+    with tempfile.TemporaryDirectory(prefix="offload-adam-") as folder:
+        threading.Thread(target=end_preempted, args=(Path(folder), is_over), daemon=True).start()
+        code, text = run(sys.argv[1:], Path(folder))
+        is_over.set()
+    report(code, text)
     sys.exit(code)
 
 

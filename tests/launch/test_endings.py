@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -179,3 +180,47 @@ def test_a_preempted_run_ends_with_0_and_is_resumed(
     code, printed, last = end_of(start(tmp_path, f"--train.num_steps={step + 1}"))
     assert (code, last) == (0, f"{SCRIPT}: the run is done after step {step + 1} (exit code 0)")
     assert printed.count(f"Resuming from {tmp_path}/tiny/checkpoints/step-{step} at step") == 1
+
+
+@pytest.mark.fault
+def test_a_signal_to_one_machine_ends_the_others_soon(tmp_path: Path) -> None:
+    """The other machine would wait 300 s with torchrun alone."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    environment = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "PREEMPTED_EXIT_CODE": "75"}
+    machines = [
+        subprocess.Popen(
+            [
+                *(sys.executable, str(ROOT / "launch" / "torchrun.py")),
+                *("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"),
+                *(f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-conf=is_host={is_head}"),
+                *(f"--local-addr={address}", "-m", "offload_adam", "train", TINY),
+                *(f"--run.dir={tmp_path}", "--train.num_steps=100000"),
+            ],
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for is_head, address in ((True, "127.0.0.1"), (False, "127.0.0.2"))
+    ]
+    metrics = tmp_path / "tiny" / "metrics.jsonl"
+    deadline_s = time.monotonic() + 90
+    try:
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+        machines[1].terminate()
+        # The machine with the signal first.
+        outputs = [machine.communicate(timeout=60)[0] for machine in reversed(machines)]
+    finally:
+        for machine in machines:
+            machine.kill()
+    step = metrics.read_text().count("\n")
+    for output in outputs:
+        assert output.splitlines()[-1] == (
+            f"torchrun.py: the run was preempted after step {step} and can be resumed: "
+            "run the same command again (exit code 75)"
+        )
+    assert [machine.returncode for machine in machines] == [75, 75]
+    assert verify_checkpoint(tmp_path / "tiny" / "checkpoints" / f"step-{step}").step == step
