@@ -7,10 +7,13 @@
 # share its cores, and the package divides them. torchrun finds the GPU's NUMA node and needs numactl.
 numa_binding=""
 if [[ "$gpus" -gt 0 ]]; then
-  if command -v numactl >/dev/null; then
-    numa_binding="--numa-binding=node"
-  else
+  if ! command -v numactl >/dev/null; then
     printf 'warning: no numactl, so ranks are not bound to NUMA nodes; apt-get install numactl\n' >&2
+  # Containers forbid what numactl does, by default, and ranks would not start.
+  elif ! numactl --localalloc true 2>/dev/null; then
+    printf 'warning: numactl fails here, so ranks are not bound to NUMA nodes; give the container SYS_NICE\n' >&2
+  else
+    numa_binding="--numa-binding=node"
   fi
 fi
 

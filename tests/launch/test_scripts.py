@@ -298,6 +298,16 @@ def test_multi_node_meets_at_the_head_node(checkout: Checkout) -> None:
     ]
 
 
+@pytest.mark.parametrize("status", [0, 1])
+def test_ranks_are_bound_to_numa_nodes_where_numactl_works(checkout: Checkout, status: int) -> None:
+    checkout.run("quickstart.sh")
+    checkout.stand_in("numactl", f"#!/bin/sh\nexit {status}\n")
+    done = checkout.run("single_node.sh", "run.yaml", env={"GPUS": "2"})
+    assert ("--numa-binding=node" in done.stdout.split()) == (status == 0)
+    assert ("give the container SYS_NICE" in done.stderr) == (status == 1)
+    assert "--nproc-per-node=2" in done.stdout.split()
+
+
 def submit(checkout: Checkout, **env: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     """Run the Slurm script with stand-ins for Slurm's commands; return the commands, too."""
     asked = checkout.root / "commands"
