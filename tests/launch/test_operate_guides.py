@@ -1,0 +1,113 @@
+"""docs/operate: pages are short, links lead somewhere, and commands for one CPU host run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from offload_adam.checkpoint.format import FORMAT_VERSION, READABLE_VERSIONS
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "docs" / "operate"
+PAGES = sorted(FOLDER.glob("*.md"))
+_NOT_RUN = re.compile(r"<!-- not run: needs a \w+ -->")
+_LINK = re.compile(r"\]\(([^)#]*)(?:#([^)]*))?\)")
+
+
+class Block(NamedTuple):
+    """A fenced block.
+
+    runs: it has no mark of a block that one CPU host cannot run.
+    """
+
+    language: str
+    text: str
+    runs: bool
+
+
+def blocks_of(page: Path) -> list[Block]:
+    found, lines = [], page.read_text(encoding="utf-8").splitlines()
+    fences = [place for place, line in enumerate(lines) if line.startswith("```")]
+    for begin, end in zip(fences[::2], fences[1::2], strict=True):
+        text = "\n".join(lines[begin + 1 : end]) + "\n"
+        runs = _NOT_RUN.fullmatch(lines[begin - 1]) is None
+        found.append(Block(lines[begin].removeprefix("```"), text, runs))
+    return found
+
+
+def commands_of(page: Path) -> str:
+    """Return the commands of a page that one CPU host can run."""
+    return "".join(b.text for b in blocks_of(page) if b.language == "bash" and b.runs)
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub and MyST make them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
+
+
+def test_all_pages_are_there() -> None:
+    assert {page.stem for page in PAGES} == {
+        "checkpoints",
+        "kubernetes",
+        "metrics-and-logs",
+        "preemption",
+        "several-nodes",
+        "slurm",
+        "upgrades",
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_is_short_and_its_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert text.count("\n") <= 120
+    for path, anchor in _LINK.findall(text):
+        target = (page.parent / path).resolve() if path else page
+        assert target.is_file(), path
+        assert not anchor or anchor in anchors_of(target), f"{path}#{anchor}"
+    # Paths of the repository in code, such as `launch/slurm.sbatch`.
+    for name in re.findall(r"`((?:launch|configs)/[\w./-]+)`", text):
+        assert (ROOT / name).exists(), name
+    for block in blocks_of(page):
+        assert block.language in ("bash", "yaml", "text")
+        if block.language == "yaml":
+            assert yaml.safe_load(block.text)
+
+
+def test_the_versions_of_the_format_are_those_of_the_code() -> None:
+    text = (FOLDER / "upgrades.md").read_text(encoding="utf-8")
+    readable = " and ".join(map(str, READABLE_VERSIONS))
+    assert f"This version writes {FORMAT_VERSION} and reads {readable}." in text
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("page", [*filter(commands_of, PAGES)], ids=lambda page: page.stem)
+def test_commands_run(page: Path, tmp_path: Path) -> None:
+    for name in ("launch", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    done = subprocess.run(
+        ["bash", "-euxo", "pipefail", "-c", commands_of(page)],
+        cwd=tmp_path,
+        env=os.environ
+        | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "CUDA_VISIBLE_DEVICES": "",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
