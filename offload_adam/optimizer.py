@@ -56,7 +56,7 @@ class OffloadAdam(ShardedOptimizer):
     Parameters may be sharded over the ranks by FSDP2 (`fully_shard`), HSDP or tensor parallelism.
     Each rank then keeps and updates the state of its own parts, and `state` has DTensors. FSDP2
     averages the gradients; with `module` they leave `.grad` during backward, and FSDP2 waits for
-    the updates of each layer before it gathers the layer. See docs/fsdp2.md.
+    the updates of each layer before it gathers the layer. See docs/guides/fsdp2.md.
 
     Construct the optimizer again to start over, as in a notebook cell that runs twice: the new one
     closes an older one of the same parameters, with a warning, right before it allocates memory. An

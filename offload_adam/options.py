@@ -37,7 +37,7 @@ Pin = Literal["all", "staging", "none"]
 """Page-locked host memory: state and staging buffers, staging buffers only, or none."""
 
 StateFormat = Literal["fp32", "bf16", "mixed", "int8"]
-"""Format of the state, the most exact first, see docs/state_formats.md."""
+"""Format of the state, the most exact first, see docs/internals/state-formats.md."""
 
 LOW_PRECISION: tuple[StateFormat, ...] = ("bf16", "mixed", "int8")
 """All formats but "fp32"."""

@@ -182,7 +182,7 @@ class MemorySection(keys_of("memory")):  # type: ignore[misc]
 
     With `keep: shared` or `keeper`, a killed run that is started again on the same nodes completes
     the step that was decided last, and continues. By default, `keep_path` is a folder of this user
-    and this run, in /dev/shm or /tmp. See docs/kept_state.md.
+    and this run, in /dev/shm or /tmp. See docs/internals/kept-state.md.
     """
 
 

@@ -93,10 +93,10 @@ class Adam(InspectableAdam):
         decay_norms: apply weight decay to the norm layers of `module` too.
         module: the model. It gives the parameters their names. With `use_offload`, gradients are
             also moved to the host during backward, as in the streaming mode of `OffloadAdam`.
-        max_grad_norm, process_group, gradient_reduction, reduce_dtype, state_format, accumulate,
-            overlap, defer, num_threads, offload, failures: as for `OffloadAdam`. Without
-            `use_offload`, `accumulate`, `overlap` and `OffloadPolicy.units` must have their
-            defaults.
+        max_grad_norm, process_group, gradient_reduction, reduce_dtype: as for `OffloadAdam`.
+        state_format, accumulate, overlap, defer, num_threads, offload, failures: as for
+            `OffloadAdam`. Without `use_offload`, `accumulate`, `overlap` and `OffloadPolicy.units`
+            must have their defaults.
         **kwargs: `use_lazy` (default False): a sparse gradient updates only the rows that it
             touches. `use_offload` (default False): store the state sharded in host memory, instead
             of whole on every rank and on the parameter's device. It needs less GPU memory, but

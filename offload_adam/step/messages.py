@@ -355,19 +355,20 @@ def _minority(values: Sequence[int]) -> list[int]:
 class StepReport:
     """The outcome of one `step()`.
 
-    total_norm: 2-norm of the mean gradient of all parameters, divided by the loss scale, before
-        clipping; NaN if a gradient is not finite.
-    clip_factor: every gradient was multiplied by it; 1.0 without clipping.
-    skipped: a gradient was not finite, or `found_inf` was set, and nothing was changed.
-    num_updated: how many parameters were updated: those with a gradient on any rank.
-    non_finite: names of the parameters with a non-finite gradient on any rank.
-    timings: seconds by phase: reduce, norm, agree, update, H2D copy, gather, and
-        `device update`: launch the updates of state on a device;
-        `checkpoint wait`: updates waited for a checkpoint to read their bucket;
-        `update wait`: the model's forward waited for updates.
-        If updates overlap the next forward, the report of the next step contains the times of
-        this step's updates, also if the next step is skipped.
-    notice: the flags of the training loop, combined over all ranks.
+    Attributes:
+        total_norm: 2-norm of the mean gradient of all parameters, divided by the loss scale, before
+            clipping; NaN if a gradient is not finite.
+        clip_factor: every gradient was multiplied by it; 1.0 without clipping.
+        skipped: a gradient was not finite, or `found_inf` was set, and nothing was changed.
+        num_updated: how many parameters were updated: those with a gradient on any rank.
+        non_finite: names of the parameters with a non-finite gradient on any rank.
+        timings: seconds by phase: reduce, norm, agree, update, H2D copy, gather, and
+            `device update`: launch the updates of state on a device;
+            `checkpoint wait`: updates waited for a checkpoint to read their bucket;
+            `update wait`: the model's forward waited for updates.
+            If updates overlap the next forward, the report of the next step contains the times of
+            this step's updates, also if the next step is skipped.
+        notice: the flags of the training loop, combined over all ranks.
     """
 
     total_norm: float

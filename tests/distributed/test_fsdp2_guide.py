@@ -1,4 +1,4 @@
-"""The guide in docs/fsdp2.md runs as it is printed."""
+"""docs/guides/fsdp2.md and docs/guides/larger-than-the-gpu.md run as they are printed."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-DOCUMENT = Path(__file__).parents[2] / "docs/fsdp2.md"
+GUIDES = Path(__file__).parents[2] / "docs/guides"
+
+
+def blocks_of(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", (GUIDES / page).read_text("utf-8"), re.M | re.S)
 
 
 def test_the_guide_runs_on_two_ranks(tmp_path: Path) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text("utf-8"), re.M | re.S)
-    assert len(blocks) == 3
-    (tmp_path / "guide.py").write_text("\n".join(blocks), encoding="utf-8")
+    first, last = blocks_of("fsdp2.md")
+    (middle,) = blocks_of("larger-than-the-gpu.md")
+    (tmp_path / "guide.py").write_text("\n".join([first, middle, last]), encoding="utf-8")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "guide.py"]
     done = subprocess.run(
         [sys.executable, *command],

@@ -1,4 +1,4 @@
-"""The loop in docs/kept_state.md runs as it is printed, and goes on after a kill."""
+"""The loop in docs/internals/kept-state.md runs as it is printed, and goes on after a kill."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.torchrun import ROOT
 @pytest.mark.slow
 def test_the_loop_of_the_guide_survives_a_kill(tmp_path: Path) -> None:
     memory = Path(tempfile.mkdtemp(prefix="offload_adam-test-", dir="/dev/shm"))
-    text = (ROOT / "docs" / "kept_state.md").read_text("utf-8")
+    text = (ROOT / "docs/internals/kept-state.md").read_text("utf-8")
     (block,) = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
     assert "/dev/shm/my-run" in block
     (tmp_path / "loop.py").write_text(block.replace("/dev/shm/my-run", str(memory)))

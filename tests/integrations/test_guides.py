@@ -1,4 +1,8 @@
-"""The guides in docs/integrations.md run as they are printed."""
+"""The guides run as they are printed, after the model and data of docs/guides/index.md.
+
+docs/guides/trainer.md, docs/guides/accelerate.md, docs/guides/lightning.md, docs/guides/peft.md and
+docs/guides/ddp.md have one block each.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +22,14 @@ import torch.distributed as dist
 
 from tests.integrations.language_model import forget_accelerator
 
-DOCUMENT = Path(__file__).parents[2] / "docs/integrations.md"
+GUIDES = Path(__file__).parents[2] / "docs/guides"
 Names = dict[str, Any]
 
 
-def script_of(section: str) -> str:
-    """Return the model and data, and all code of one section."""
-    parts = re.split(r"^## (.+)$", DOCUMENT.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    sections = dict(zip(["", *parts[1::2]], parts[::2], strict=True))
-    blocks = re.findall(r"^```python\n(.*?)^```$", sections[""] + sections[section], re.M | re.S)
+def script_of(guide: str) -> str:
+    """Return the model and data, and the code of one guide."""
+    text = "\n".join((GUIDES / f"{page}.md").read_text("utf-8") for page in ("index", guide))
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
     assert len(blocks) == 2
     return "\n".join(["import torch", "torch.manual_seed(0)", *blocks])
 
@@ -73,20 +76,20 @@ def check_peft(names: Names) -> None:
 
 
 CHECKS: dict[str, Callable[[Names], None]] = {
-    "Trainer": check_trainer,
-    "Accelerate": check_accelerate,
-    "Lightning": check_lightning,
+    "trainer": check_trainer,
+    "accelerate": check_accelerate,
+    "lightning": check_lightning,
     "peft": check_peft,
-    "DistributedDataParallel": check_loop,
+    "ddp": check_loop,
 }
 
 
-@pytest.mark.parametrize("section", CHECKS)
+@pytest.mark.parametrize("guide", CHECKS)
 def test_a_guide_runs_in_one_process(
-    section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    guide: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    if section == "DistributedDataParallel":
+    if guide == "ddp":
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -98,8 +101,8 @@ def test_a_guide_runs_in_one_process(
     names: Names = {"__name__": "__main__"}
     try:
         with patch.dict(os.environ):  # Lightning sets RANK, WORLD_SIZE and more
-            exec(compile(script_of(section), section, "exec"), names)
-            CHECKS[section](names)
+            exec(compile(script_of(guide), guide, "exec"), names)
+            CHECKS[guide](names)
     finally:
         forget_accelerator()
         torch.set_num_threads(num_threads)
@@ -108,9 +111,9 @@ def test_a_guide_runs_in_one_process(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("section", [section for section in CHECKS if section != "peft"])
-def test_a_guide_runs_on_two_ranks(section: str, tmp_path: Path) -> None:
-    (tmp_path / "guide.py").write_text(script_of(section), encoding="utf-8")
+@pytest.mark.parametrize("guide", [guide for guide in CHECKS if guide != "peft"])
+def test_a_guide_runs_on_two_ranks(guide: str, tmp_path: Path) -> None:
+    (tmp_path / "guide.py").write_text(script_of(guide), encoding="utf-8")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "guide.py"]
     done = subprocess.run(
         [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=110

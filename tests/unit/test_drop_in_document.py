@@ -1,4 +1,4 @@
-"""docs/drop_in.md: each rejection that it lists is raised, and each test that it names exists."""
+"""docs/coming-from/adamw.md: each rejection in it is raised, and each test that it names exists."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import offload_adam
 from offload_adam import OffloadAdam
 
 ROOT = Path(__file__).parents[2]
-TEXT = (ROOT / "docs/drop_in.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "docs/coming-from/adamw.md").read_text(encoding="utf-8")
 
 
 def rows_of(section: str) -> list[list[str]]:

@@ -169,7 +169,7 @@ def test_an_update_of_equal_state_computes_the_masters_of_fp32_state(
 
 
 def test_the_example_of_the_documentation_runs() -> None:
-    path = Path(__file__).parents[2] / "docs" / "state_formats.md"
+    path = Path(__file__).parents[2] / "docs/internals/state-formats.md"
     (example,) = re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
     names: dict[str, Any] = {}
     exec(example, names)
