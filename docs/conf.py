@@ -53,6 +53,8 @@ myst_heading_anchors = 4
 default_role = "code"  # docstrings write `name` as Markdown does
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
+autodoc_preserve_defaults = True  # OffloadPolicy(), without all its options
+maximum_signature_line_length = 100
 autodoc_mock_imports = ["accelerate", "lightning", "transformers"]
 napoleon_use_rtype = False
 napoleon_use_ivar = True
@@ -73,7 +75,7 @@ def _as_rst(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: li
         following = next((text for text in lines[number + 1 :] if text), "")
         if _SECTION.match(line):
             in_section = True
-            rewritten += ["", _SECTION.sub(r"**\1.** ", line)]
+            rewritten += ["", _SECTION.sub(r"**\1:** ", line)]
         elif in_section and line.startswith(" "):
             rewritten.append(line.strip())
         else:

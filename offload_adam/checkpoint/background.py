@@ -71,8 +71,10 @@ def begin_checkpoint(
 class PendingCheckpoint:
     """A checkpoint that a thread writes during training.
 
-    num_waits, waited_s: how often updates of this rank waited for the thread, and their total wait
-        in seconds; set when the checkpoint is committed or has failed.
+    Attributes:
+        num_waits: how often updates of this rank waited for the thread. Set when the checkpoint is
+            committed or has failed, as `waited_s`.
+        waited_s: their total wait in seconds.
 
     Owns: the writing thread. Closing the optimizer cancels the checkpoint and ends the thread.
     Lifecycle: `commit_if_written` after every step, or `wait`; the same calls on every rank.

@@ -94,13 +94,13 @@ class Adam(InspectableAdam):
         module: the model. It gives the parameters their names. With `use_offload`, gradients are
             also moved to the host during backward, as in the streaming mode of `OffloadAdam`.
         max_grad_norm, process_group, gradient_reduction, reduce_dtype: as for `OffloadAdam`.
-        state_format, accumulate, overlap, defer, num_threads, offload, failures: as for
-            `OffloadAdam`. Without `use_offload`, `accumulate`, `overlap` and `OffloadPolicy.units`
-            must have their defaults.
+        state_format, accumulate, overlap, defer, num_threads, offload, failures: the same.
         **kwargs: `use_lazy` (default False): a sparse gradient updates only the rows that it
             touches. `use_offload` (default False): store the state sharded in host memory, instead
             of whole on every rank and on the parameter's device. It needs less GPU memory, but
-            each step copies gradients and parameters. Both cannot be set together.
+            each step copies gradients and parameters. Both cannot be set together. Without
+            `use_offload`, `accumulate`, `overlap` and `OffloadPolicy.units` must have their
+            defaults.
 
     Raises:
         KeyError, TypeError, ValueError, RuntimeError: an argument is wrong; the message names it.
