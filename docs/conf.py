@@ -27,6 +27,7 @@ os.environ["COLUMNS"] = "100"  # width of argparse's help
 from offload_adam import __version__
 from offload_adam.bench.__main__ import main as bench
 from offload_adam.config.load import write_yaml
+from offload_adam.config.optimizer_sections import AdamSection
 from offload_adam.config.sections import COMPLETE
 
 HERE = Path(__file__).parent
@@ -95,8 +96,9 @@ def _indent(line: str) -> int:
 def _configuration() -> str:
     """Return a table of the keys of each section, with default and meaning, as Markdown."""
     text = []
-    for name, section in COMPLETE:
-        text += [f"## {name}", cleandoc(section.__doc__ or "")]
+    for name, section in [*COMPLETE, ("optimizer", AdamSection(name="Adam"))]:
+        other = f" with `name: {section.name}`" if isinstance(section, AdamSection) else ""
+        text += [f"## {name}{other}", cleandoc(section.__doc__ or "")]
         rows = ["| key | default | meaning |", "|---|---|---|"]
         for key, value in section.model_dump(mode="json").items():
             default = write_yaml({"": value}).partition(":")[2].strip() if value != "" else ""

@@ -132,11 +132,18 @@ def test_every_test_that_a_page_names_exists() -> None:
     assert named <= set(re.findall(r"^def (test_\w+)\(", sources, flags=re.MULTILINE))
 
 
-def test_every_file_that_a_page_links_to_exists() -> None:
+def test_every_link_between_pages_has_a_target() -> None:
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-            if "://" not in target:
-                assert (page.parent / target).exists(), f"{name_of(page)} links to {target}"
+        text = page.read_text(encoding="utf-8")
+        for target, heading in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", text):
+            linked = page.parent / target if target else page
+            assert linked.exists(), f"{name_of(page)} links to {target}"
+            if heading:
+                headings = re.findall(r"^#+ (.*)", linked.read_text(encoding="utf-8"), flags=re.M)
+                anchors = [
+                    re.sub(r"[^\w -]", "", name.lower()).replace(" ", "-") for name in headings
+                ]
+                assert heading in anchors, f"{name_of(page)} links to {target}#{heading}"
 
 
 def test_every_kind_of_failure_names_a_test() -> None:
