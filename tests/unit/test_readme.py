@@ -63,7 +63,8 @@ def to_run(page: Path, languages: tuple[str, ...]) -> list[Block]:
 
 
 WITH_PYTHON = [page for page in PAGES if to_run(page, ("python",))]
-WITH_COMMANDS = [page for page in PAGES if to_run(page, SHELLS)]
+# The commands of docs/operate take minutes: tests/launch/test_operate_guides.py runs them.
+WITH_COMMANDS = [page for page in PAGES if page.parent.name != "operate" and to_run(page, SHELLS)]
 
 
 def commands_of(block: Block) -> str:
