@@ -123,7 +123,7 @@ find_torch() {
     TORCH_PYTHON="$VENV/bin/python"
   else
     torchrun="$(command -v torchrun)" ||
-      fail "no torchrun in $VENV or on the PATH; run launch/quickstart.sh once, or pip install offload-adam"
+      fail "no torchrun in $VENV or on the PATH; run launch/quickstart.sh once, or pip install -e . in $ROOT"
     TORCH_PYTHON="$(dirname -- "$torchrun")/python3"
     [[ -x "$TORCH_PYTHON" ]] || TORCH_PYTHON="$(command -v python3)"
   fi

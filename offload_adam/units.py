@@ -13,14 +13,11 @@ def format_nbytes(nbytes: int) -> str:
     return f"{value:.2f} TiB"
 
 
-def format_count(count: int) -> str:
-    """Return a number of parameters or tokens with three digits, such as '11.8 B' or '124 M'."""
-    if count < 1000:
-        return str(count)
-    value = float(count)
-    for unit in ("K", "M", "B"):
-        value /= 1000.0
-        if float(f"{value:.3g}") < 1000.0:
-            return f"{value:#.3g}".rstrip(".") + f" {unit}"
-    value /= 1000.0
-    return f"{value:,.0f} T" if value >= 100 else f"{value:#.3g} T"
+def format_count(count: float) -> str:
+    """Return a count with three digits and a unit, such as '10.8 M'; below 1,000 as it is."""
+    for unit in ("", " K", " M", " B"):
+        text = f"{count:.3g}"
+        if float(text) < 1000:  # 999,999 is '1 M', not '1e+03 K'
+            return text + unit
+        count /= 1000
+    return f"{count:,.3g} T"

@@ -128,8 +128,7 @@ def _print_contents(values: dict[str, Any]) -> None:
     from rich.text import Text
 
     from offload_adam.printable import MAX_MESSAGE_LENGTH, printable
-    from offload_adam.train.console import format_count
-    from offload_adam.units import format_nbytes
+    from offload_adam.units import format_count, format_nbytes
 
     title = f"step {values['step']}, saved by {values['world_size']} rank(s)"
     # Two names may differ at their ends only: wrap them, where rich would cut them.

@@ -17,6 +17,7 @@ from offload_adam.cli.output import (
     require_folder_of,
     write_text,
 )
+from offload_adam.cli.quantities import parse_count
 from offload_adam.coordinator.launcher import launched
 
 
@@ -36,11 +37,11 @@ def doctor(
         bool, typer.Option(help="Measure memory, bus and disk, which takes some seconds.")
     ] = True,
     params: Annotated[
-        float | None,
+        str | None,
         typer.Option(
-            min=1,
-            help="Parameters that the ranks of this node save. Doctor then checks whether a "
-            "preempted run has time to save them.",
+            metavar="N",
+            help="Parameters that the ranks of this node save, such as 7B. Doctor then checks "
+            "whether a preempted run has time to save them.",
         ),
     ] = None,
     json_file: Annotated[
@@ -61,6 +62,10 @@ def doctor(
     or environment.
     """
     require_folder_of(json_file, "--json")
+    try:
+        num_parameters = None if params is None else parse_count("--params", params)
+    except ValueError as error:
+        fail(error, EXIT_BAD_CONFIGURATION)
     import torch
     from rich.console import Console
 
@@ -80,7 +85,7 @@ def doctor(
         return  # one rank of each node runs the other checks: the ranks would disturb each other
     num_ranks = local_world_size or max(1, torch.cuda.device_count())
     findings, bandwidth = examine(
-        num_ranks, folder, measure=measure, num_parameters=params, network=network
+        num_ranks, folder, measure=measure, num_parameters=num_parameters, network=network
     )
     console = Console()
     console.print(summary(findings), highlight=False)

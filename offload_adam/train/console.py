@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from offload_adam.train.records import RunTotals, StepRecord
+from offload_adam.units import format_count
 
 # Seconds between two lines in a log file: progress is visible, and an hour has at most 720 lines.
 _LINE_EVERY_S = 5.0
@@ -51,16 +52,6 @@ def describe(record: StepRecord, num_steps: int) -> str:
 def _loss(loss: float) -> str:
     """Return a loss with 4 decimals, or 4 digits if it is large."""
     return f"{loss:.4f}" if not abs(loss) >= 100 else f"{loss:.4g}"
-
-
-def format_count(count: float) -> str:
-    """Return a count with three digits and a unit, such as '10.8 M'; below 1,000 as it is."""
-    for unit in ("", " K", " M", " B"):
-        text = f"{count:.3g}"
-        if float(text) < 1000:  # 999,999 is '1 M', not '1e+03 K'
-            return text + unit
-        count /= 1000
-    return f"{count:,.3g} T"
 
 
 def _time(ms: float) -> str:

@@ -120,8 +120,8 @@ def card_table() -> str:
 
 
 def plan_answer() -> str:
-    """Return what README's command prints, to the end of its answer."""
-    command = ["plan", "--params=7B", "--gpu=H100", "--host-memory=512GB"]
+    """Return README's command and its answer, without the tables, as Markdown."""
+    command = ["plan", "--params", "7B", "--gpu", "H100", "--host-memory", "512GB"]
     done = subprocess.run(
         [sys.executable, "-m", "offload_adam", *command],
         env={**os.environ, "COLUMNS": "100"},
@@ -130,7 +130,8 @@ def plan_answer() -> str:
         check=True,
         timeout=60,
     )
-    return "\n".join(line.rstrip() for line in done.stdout.splitlines())
+    answer = done.stdout.partition("Memory, in")[0]
+    return f"```sh\noffload-adam {' '.join(command)}\n```\n\n```text\n{answer}```\n"
 
 
 def _largest(fits: Callable[[int], bool]) -> str:
@@ -182,6 +183,8 @@ def main() -> None:
         return
     page = PAGE.read_text(encoding="utf-8")
     PAGE.write_text(replaced(page, "fit table", section), encoding="utf-8")
+    readme = README.read_text(encoding="utf-8")
+    README.write_text(replaced(readme, "plan", plan_answer()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""docs/operate: pages are short, links lead somewhere, and commands for one CPU host run."""
+"""docs/operate: pages are short, and commands for one CPU host run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "operate"
 PAGES = sorted(FOLDER.glob("*.md"))
 _NOT_RUN = re.compile(r"<!-- not run: needs a \w+ -->")
-_LINK = re.compile(r"\]\(([^)#]*)(?:#([^)]*))?\)")
 
 
 class Block(NamedTuple):
@@ -47,37 +46,14 @@ def commands_of(page: Path) -> str:
     return "".join(b.text for b in blocks_of(page) if b.language == "bash" and b.runs)
 
 
-def anchors_of(page: Path) -> set[str]:
-    """Return the anchors of a page's headings, as GitHub and MyST make them."""
-    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
-    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
-
-
-def test_all_pages_are_there() -> None:
-    assert {page.stem for page in PAGES} == {
-        "checkpoints",
-        "kubernetes",
-        "metrics-and-logs",
-        "preemption",
-        "several-nodes",
-        "slurm",
-        "upgrades",
-    }
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_page_is_short_and_its_links_lead_somewhere(page: Path) -> None:
+def test_a_page_is_short_and_names_what_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert text.count("\n") <= 120
-    for path, anchor in _LINK.findall(text):
-        target = (page.parent / path).resolve() if path else page
-        assert target.is_file(), path
-        assert not anchor or anchor in anchors_of(target), f"{path}#{anchor}"
     # Paths of the repository in code, such as `launch/slurm.sbatch`.
     for name in re.findall(r"`((?:launch|configs)/[\w./-]+)`", text):
         assert (ROOT / name).exists(), name
     for block in blocks_of(page):
-        assert block.language in ("bash", "yaml", "text")
         if block.language == "yaml":
             assert yaml.safe_load(block.text)
 

@@ -23,7 +23,6 @@ from offload_adam.train.console import (
     StepDisplay,
     compare_with_bigram,
     describe,
-    format_count,
     summary_table,
 )
 from offload_adam.train.records import RunTotals, StepRecord
@@ -304,23 +303,6 @@ def test_a_step_takes_one_line_of_100_columns(
     )
     assert describe(replace(usual, **changes), num_steps) == line
     assert len(line) <= 100
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0"),
-        (999, "999"),
-        (1_000, "1 K"),
-        (10_800_000, "10.8 M"),
-        (85_228_032, "85.2 M"),
-        (999_999_999, "1 B"),
-        (1_300_000_000, "1.3 B"),
-        (2.5e12, "2.5 T"),
-    ],
-)
-def test_counts_are_written_as_people_say_them(count: float, text: str) -> None:
-    assert format_count(count) == text
 
 
 @pytest.mark.parametrize(

@@ -131,3 +131,11 @@ def test_the_table_keeps_to_its_width_and_loses_no_word(width: int) -> None:
     assert "last" in text.getvalue()
     assert summary(findings) == "1 ok, 1 warning, 1 failed"
     assert summary(findings[:1]) == "1 ok, 0 warnings, 0 failed"
+
+
+def test_the_number_of_parameters_has_a_unit(tmp_path: Path) -> None:
+    code, output = doctor(f"--dir={tmp_path}", "--no-measure", "--params=7B")
+    assert code in (0, 1), output
+    code, output = doctor(f"--dir={tmp_path}", "--params=seven")
+    assert code == 2
+    assert "--params 'seven' is not a number: write one such as 7B" in output
