@@ -1,4 +1,4 @@
-"""Byte counts and numbers of parameters as text."""
+"""Byte counts, times and numbers of parameters as text."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ def format_nbytes(nbytes: int) -> str:
             return f"{nbytes} B" if unit == "B" else f"{value:.2f} {unit}"
         value /= 1024.0
     return f"{value:.2f} TiB"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a time with four digits, such as '3.958 s' or '18.2 ms'."""
+    return f"{seconds:.4g} s" if seconds >= 1 else f"{1e3 * seconds:.4g} ms"
 
 
 def format_count(count: float) -> str:

@@ -161,8 +161,7 @@ def plan(
     from offload_adam.config.declared import MAX_NBYTES
     from offload_adam.errors import MissingExtraError
     from offload_adam.options import MAX_STEP_COUNT, STATE_FORMAT
-    from offload_adam.plan.advice import most_exact_fit
-    from offload_adam.plan.setup import Setup
+    from offload_adam.plan.advice import fits_on_host, most_exact_fit
     from offload_adam.plan.tables import plan_run
     from offload_adam.plan.timing import predict_overlap
 
@@ -209,10 +208,11 @@ def plan(
                 setup, fsdp2=_fsdp2(is_on=fsdp2, replicate=replicate, on_host=offload_weights)
             )
         training = setup.training
-        if training.shape is None and (checkpointing or batch_size or sequence_length):
+        shape = training.shape
+        if shape is not None and not shape.saved_numel and checkpointing:
             raise ValueError(
-                "the activations of this model are not known, because it has no ModuleList of "
-                "layers: leave out --batch-size, --sequence-length and --checkpointing"
+                "the activations of this model cannot be estimated, because it does not consist of "
+                "layers of matrices that read tokens: leave out --checkpointing"
             )
         training = replace(
             training,
@@ -232,7 +232,7 @@ def plan(
             training = replace(training, state_format=cast("StateFormat", state_format))
         if tera_flops is not None and training.num_tokens is None:
             raise ValueError("--tflops needs --tokens, the tokens of a rank in one step")
-        setup = Setup(setup.specs, training, setup.fsdp2)
+        setup = replace(setup, training=training)
         if fit:
             setup = most_exact_fit(setup, _machine(setup, speeds, memory, measure=False))
         machine = _machine(setup, speeds, memory, measure=measure)
@@ -251,8 +251,10 @@ def plan(
     console = Console()
     if fit:
         chosen = f"Planning with state_format {setup.training.state_format!r}"
-        fits = f"{chosen}, the most exact format that fits."
-        console.print(fits if values["fits"] else f"No state format fits. {chosen}, the smallest.")
+        if fits_on_host(setup, machine):
+            console.print(f"{chosen}, the most exact format that fits into host memory.")
+        else:
+            console.print(f"No state format fits into host memory. {chosen}, the smallest.")
     for part in parts:
         console.print(part)
     if json_file is not None:
@@ -302,7 +304,7 @@ def _setup_of_config(config: str, overrides: list[str], memory: _Memory, world_s
 
 def _setup_of_model(model: Path | None, params: str | None, param_dtype: str) -> tuple[str, Setup]:
     """Return the name and the setup of --model or --params."""
-    from offload_adam.plan.inputs import MOST_NUMEL, Training, synthetic_specs
+    from offload_adam.plan.inputs import MOST_NUMEL, Training, typical_specs
     from offload_adam.plan.setup import Setup
     from offload_adam.plan.shape import ModelShape
 
@@ -316,22 +318,23 @@ def _setup_of_model(model: Path | None, params: str | None, param_dtype: str) ->
                 f"--params must be at least 1 and at most {MOST_NUMEL:,}, not {show(numel)}"
             )
         is_bfloat16 = param_dtype == "bf16"
-        specs = synthetic_specs(numel, _ITEMSIZES[param_dtype], is_bfloat16=is_bfloat16)
-        shape: ModelShape | None = ModelShape.typical(numel, _ITEMSIZES[param_dtype])
-        name = ""
+        specs = typical_specs(numel, _ITEMSIZES[param_dtype], is_bfloat16=is_bfloat16)
+        shape = ModelShape.typical(numel, _ITEMSIZES[param_dtype])
+        name, rows = "", None
     else:
         import torch
 
-        from offload_adam.integrations.model_config import active_experts, build_on_meta
+        from offload_adam.integrations.model_config import build_on_meta, sizes_of
         from offload_adam.train.plan import shape_of, specs_of
 
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         built = build_on_meta(model, dtypes[param_dtype])
         specs = specs_of(built)
-        shape = shape_of(built, active_experts=active_experts(built))
+        rows = [parameter.shape[0] if parameter.ndim else 1 for parameter in built.parameters()]
+        shape = shape_of(built, sizes_of(built))
         name = type(built).__name__
     training = Training(saves=True, shape=shape, sequence_length=_SEQUENCE_LENGTH)
-    return name, Setup(specs, training)
+    return name, Setup(specs, training, rows=rows)
 
 
 def _with_trainable(setup: Setup, trainable: str | None) -> Setup:

@@ -8,6 +8,7 @@ import re
 from offload_adam.printable import show
 
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+_SIZE = re.compile(r"[0-9]+(\.[0-9]+)? ?([kmgtp]i?)?b", re.IGNORECASE | re.ASCII)
 _COUNT = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]*)?(?:e\+?[0-9]+)?)\s*([kmbt]?)\s*", re.IGNORECASE)
 
 
@@ -22,13 +23,17 @@ def parse_nbytes(option: str, text: str) -> int:
 
     from offload_adam.config.declared import MAX_NBYTES
 
+    if re.search(r"[0-9] ?[KMGTP]b$", text.strip(), re.ASCII):
+        raise ValueError(f"{option} {show(text)}: a unit in b could mean bits: write B for bytes")
     if _is_number(text):
         raise ValueError(
             f"{option} {show(text)} has no unit: write {text.strip()[:30]}GB or "
             f"{text.strip()[:30]}GiB"
         )
     try:
-        nbytes = float(TypeAdapter(ByteSize).validate_python(text))
+        if not _SIZE.fullmatch(text.strip()):  # pydantic ignores what follows a size
+            raise ValueError
+        nbytes = float(TypeAdapter(ByteSize).validate_python(text.strip()))
         if not 0 <= nbytes <= MAX_NBYTES:
             raise ValueError
     except ValueError:
@@ -46,15 +51,18 @@ def parse_speed(option: str, text: str) -> float:
         ValueError: the text is not a speed, or its unit could mean bits or bytes.
     """
     amount, slash, second = text.strip().rpartition("/")
-    example = f"{option} {show(text)}: write a speed such as 50GB/s, or 400Gbit/s for a network"
-    if slash == "" or second != "s":
-        raise ValueError(example)
-    if re.search(r"[0-9\s][kKMGT]?i?b$", amount):
-        raise ValueError(f"{example}. A unit in b could mean bits or bytes")
+    bits = amount.lower().endswith("bit")
+    size = amount[:-3] + "B" if bits else amount
     try:
-        return parse_nbytes(option, amount) / 1e9
-    except ValueError:
-        raise ValueError(example) from None
+        if slash == "" or second != "s":
+            raise ValueError
+        return parse_nbytes(option, size) / (8e9 if bits else 1e9)
+    except ValueError as error:
+        unclear = ". A unit in b could mean bits or bytes" if "in b could" in str(error) else ""
+        raise ValueError(
+            f"{option} {show(text)}: write a speed such as 50GB/s, or 400Gbit/s for a "
+            f"network{unclear}"
+        ) from None
 
 
 def parse_count(option: str, text: str) -> int:
@@ -95,7 +103,6 @@ def parse_share(option: str, text: str) -> float:
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True

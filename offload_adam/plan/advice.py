@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any, NamedTuple, get_args
 
 from offload_adam.layout.budget import Category
 from offload_adam.layout.state_plan import resolve_bucket_nbytes
 from offload_adam.options import StateFormat
-from offload_adam.plan.inputs import MOST_NUMEL, Machine, Training, synthetic_specs
+from offload_adam.plan.inputs import (
+    MOST_NUMEL,
+    Machine,
+    Training,
+    synthetic_specs,
+    typical_specs,
+)
 from offload_adam.plan.prediction import Prediction, predict
 from offload_adam.plan.setup import Fsdp2, Setup
 from offload_adam.plan.shape import ModelShape
@@ -27,6 +32,10 @@ _IN_BUCKETS = (Category.GRADIENTS, Category.SLOTS, Category.STAGING, Category.BL
 
 DEVICE = "memory of a GPU"
 HOST = "host memory of a node"
+
+
+_ALL = Counter({DEVICE: 1, HOST: 1})
+"""As missing bytes: for changes of any memory."""
 
 
 class Need(NamedTuple):
@@ -66,6 +75,11 @@ def fits(setup: Setup, machine: Machine) -> bool:
     return all(need.is_met for need in needs_of(setup, machine))
 
 
+def fits_on_host(setup: Setup, machine: Machine) -> bool:
+    """Return whether a setup fits into host memory, as far as that is known."""
+    return all(need.is_met for need in needs_of(setup, machine) if need.memory == HOST)
+
+
 def largest_model(
     itemsize: int, training: Training, machine: Machine, *, is_bfloat16: bool | None = None
 ) -> int | None:
@@ -80,10 +94,11 @@ def largest_model(
     """
 
     def needs_of(numel: int) -> list[Need]:
-        specs = synthetic_specs(numel, itemsize, is_bfloat16=is_bfloat16)
-        resized = training
+        specs_of, resized = synthetic_specs, training
         if training.shape is not None and training.shape.is_typical:
+            specs_of = typical_specs
             resized = replace(training, shape=ModelShape.typical(numel, itemsize))
+        specs = specs_of(numel, itemsize, is_bfloat16=is_bfloat16)
         return needs(predict(specs, resized), training, machine)
 
     def fits(numel: int) -> bool:
@@ -117,12 +132,16 @@ def largest_model(
 
 
 def most_exact_fit(setup: Setup, machine: Machine) -> Setup:
-    """Return the setup with the most exact state format that fits, or else the smallest one."""
+    """Return the setup with the most exact state format that fits into host memory.
+
+    If none fits, it is the smallest one. A format changes host memory alone.
+    """
     _, training = setup.resolve()
-    formats = get_args(StateFormat) if training.allows_low_precision else ("fp32",)
+    allows = training.allows_low_precision and setup.training.allows_low_precision
+    formats = get_args(StateFormat) if allows else ("fp32",)
     for state_format in formats:
         chosen = setup.with_training(state_format=state_format)
-        if fits(chosen, machine):
+        if fits_on_host(chosen, machine):
             break
     return chosen
 
@@ -159,29 +178,76 @@ A prediction takes up to 0.1 s, so those that cannot help are not yielded.
 def advise(setup: Setup, machine: Machine) -> list[Advice]:
     """Return what makes a setup fit, the cheapest first; empty if it fits or nothing does.
 
-    These are changes of single settings. If none suffices, it is one list of changes that suffice
-    together, of which none can be left out.
+    These are changes of single settings. If none but more nodes suffices, the first one is a list
+    of changes that suffice together, of which none can be left out.
     """
     if fits(setup, machine):
         return []
     if machine.device_nbytes is not None and setup.training.shape is not None:
         machine = replace(machine, device_nbytes=int((1 - _MARGIN) * machine.device_nbytes))
+    # With weights in host memory, or without: they fill it while they relieve the GPU.
+    most = [_everything(setup), _everything(setup, but=_fsdp2)]
+    enough = [one for one in most if one and fits(list(one.values())[-1].setup, machine)]
+    if not enough:
+        return []  # at once, since a prediction for 1e12 parameters takes 40 ms
     missing = _missing_nbytes(setup, machine)
     found = list(_helpful(setup, missing, machine, _CHANGES))
-    single = [_advice([change]) for _, change, missing in found if not missing]
-    if single:
-        return single
+    single = [(changes, _advice([change])) for changes, change, missing in found if not missing]
+    advice = [one for _, one in single]
+    if any(changes is not _more_nodes for changes, _ in single):
+        return advice
+    # Several changes cost less than more nodes.
+    on_these = _everything(setup, but=_more_nodes)
+    chosen = _combine(setup, missing, machine, but=_more_nodes)
+    if not chosen and on_these and fits(list(on_these.values())[-1].setup, machine):
+        chosen = on_these
+    if not chosen and not single:
+        chosen = _combine(setup, missing, machine) or enough[0]
+    if chosen:
+        advice.insert(0, _advice(_without_needless(setup, chosen, machine)))
+    return advice
+
+
+def _combine(
+    setup: Setup, missing: Counter[str], machine: Machine, *, but: _Changes | None = None
+) -> dict[_Changes, _Change]:
+    """Return the cheapest changes that help, one after the other; empty if it never fits.
+
+    Changes of the setting `but` are left out.
+
+    After each one the cheapest are tried again: they may help only now, as a smaller state format
+    does once the weights are in host memory, too.
+    """
     chosen: dict[_Changes, _Change] = {}
-    while found:
-        changes, change, missing = found[0]
+    while missing:
+        others = [one for one in _CHANGES if one not in chosen and one is not but]
+        found = next(_helpful(setup, missing, machine, others), None)
+        if found is None:
+            return {}
+        changes, change, missing = found
         chosen[changes] = change
-        if not missing:
-            return [_advice(_without_needless(setup, chosen, machine))]
-        # The cheapest are tried again: they may help only now, as a smaller state format does once
-        # the weights are in host memory, too.
-        others = [one for one in _CHANGES if one not in chosen]
-        found = list(islice(_helpful(change.setup, missing, machine, others), 1))
-    return []
+        setup = change.setup
+    return chosen
+
+
+def _everything(setup: Setup, *, but: _Changes | None = None) -> dict[_Changes, _Change]:
+    """Return the change of each setting that saves most, of all settings but one.
+
+    Alone, some of them fill one memory as much as they relieve the other.
+    """
+    chosen: dict[_Changes, _Change] = {}
+    for changes in _CHANGES:
+        *_, last = [None, *changes(setup, _ALL)] if changes is not but else [None]
+        if last is not None:
+            chosen[changes] = last
+            setup = last.setup
+    return chosen
+
+
+def lacking(setup: Setup, machine: Machine) -> set[str]:
+    """Return the memories into which a setup does not fit, whatever is changed."""
+    chosen = _everything(setup)
+    return set(_missing_nbytes(list(chosen.values())[-1].setup if chosen else setup, machine))
 
 
 def _helpful(
@@ -203,11 +269,20 @@ def _helpful(
 def _without_needless(
     setup: Setup, chosen: dict[_Changes, _Change], machine: Machine
 ) -> list[_Change]:
-    """Return the chosen changes but for those without which the others suffice."""
+    """Return the chosen changes, each as small as suffices with the others, or left out."""
     for changes in list(chosen):
-        fewer = _apply(setup, [(one, chosen[one].name) for one in chosen if one is not changes])
-        if fewer and fits(list(fewer.values())[-1].setup, machine):
-            chosen = fewer
+        names = {one: change.name for one, change in chosen.items()}
+        smaller: list[str | None] = [None]  # first without it
+        for one in changes(setup, _ALL):
+            if one.name == names[changes]:
+                break
+            smaller.append(one.name)
+        for name in smaller:
+            tried = {one: name if one is changes else names[one] for one in names}
+            fewer = _apply(setup, [(one, to) for one, to in tried.items() if to is not None])
+            if fewer and fits(list(fewer.values())[-1].setup, machine):
+                chosen = fewer
+                break
     return list(chosen.values())
 
 
@@ -215,7 +290,7 @@ def _apply(setup: Setup, names: Sequence[tuple[_Changes, str]]) -> dict[_Changes
     """Return changes by name, each made after the one before it; empty if one is not possible."""
     applied: dict[_Changes, _Change] = {}
     for changes, name in names:
-        found = (one for one in changes(setup, Counter({DEVICE: 1, HOST: 1})) if one.name == name)
+        found = (one for one in changes(setup, _ALL) if one.name == name)
         change = next(found, None)
         if change is None:
             return {}
@@ -278,7 +353,7 @@ def _simpler_gradients(setup: Setup, missing: Counter[str]) -> Iterator[_Change]
 
 def _smaller_microbatches(setup: Setup, missing: Counter[str]) -> Iterator[_Change]:
     batch_size = setup.training.batch_size
-    while setup.training.shape is not None and (batch_size := batch_size // 2) >= 1:
+    while setup.training.activation_nbytes > 0 and (batch_size := batch_size // 2) >= 1:
         cost = "more backwards in a step, with accumulation"
         yield _Change(
             f"microbatches of {batch_size}", cost, setup.with_training(batch_size=batch_size)
@@ -286,7 +361,7 @@ def _smaller_microbatches(setup: Setup, missing: Counter[str]) -> Iterator[_Chan
 
 
 def _checkpointing(setup: Setup, missing: Counter[str]) -> Iterator[_Change]:
-    if setup.training.shape is not None and not setup.training.checkpointing:
+    if setup.training.activation_nbytes > 0 and not setup.training.checkpointing:
         cost = "a second forward, a third more compute"
         yield _Change("activation checkpointing", cost, setup.with_training(checkpointing=True))
 
@@ -295,8 +370,8 @@ def _all_on_host(setup: Setup, missing: Counter[str]) -> Iterator[_Change]:
     if setup.training.offload.offload_fraction < 1.0:
         cost = "the GPU updates no part"
         yield _Change("offload_fraction=1", cost, _with_offload(setup, offload_fraction=1.0))
-    if setup.training.replicated:
-        cost = "the host updates"
+    if setup.training.replicated and not setup.training.amsgrad:  # which excludes it
+        cost = "the host updates; not with use_lazy"
         yield _Change("use_offload=True", cost, setup.with_training(replicated=False))
 
 
@@ -310,7 +385,8 @@ _FORMAT_COSTS = {
 def _smaller_formats(setup: Setup, missing: Counter[str]) -> Iterator[_Change]:
     _, training = setup.resolve()
     formats = get_args(StateFormat)
-    if not training.allows_low_precision or HOST not in missing:
+    allows = training.allows_low_precision and setup.training.allows_low_precision
+    if not allows or HOST not in missing:
         return
     for state_format in formats[formats.index(training.state_format) + 1 :]:
         smaller = setup.with_training(state_format=state_format)
@@ -346,6 +422,8 @@ def _fsdp2(setup: Setup, missing: Counter[str]) -> Iterator[_Change]:
     # Of a model that is sharded already, only the parts of one rank are known.
     if training.sharded or training.replicated or not training.on_device:
         return
+    # FSDP2 averages gradients, in the dtype of its own policy, and adds them up in shards.
+    setup = setup.with_training(reduce_fp32=False, accumulates=False)
     if setup.fsdp2 is None and training.world_size > 1:
         cost = "layers are gathered in forward and backward"
         yield _Change("FSDP2 (fully_shard)", cost, replace(setup, fsdp2=Fsdp2()))
@@ -360,7 +438,7 @@ def _more_nodes(setup: Setup, missing: Counter[str]) -> Iterator[_Change]:
     if training.sharded or training.replicated or (setup.fsdp2 is None and HOST not in missing):
         return
     num_nodes = training.world_size // training.local_world_size
-    for factor in (2, 4, 8, 16, 32, 64):
+    for factor in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64):
         world_size = factor * training.world_size
         name = f"{factor * num_nodes} nodes ({world_size} ranks)"
         yield _Change(name, "more machines", setup.with_training(world_size=world_size))
@@ -371,9 +449,9 @@ _CHANGES: tuple[_Changes, ...] = (
     _no_snapshot_buffer,
     _simpler_gradients,
     _smaller_microbatches,
+    _all_on_host,
     _smaller_formats,
     _checkpointing,
-    _all_on_host,
     _not_kept,
     _bf16_model,
     _fsdp2,

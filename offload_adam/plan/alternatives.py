@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from offload_adam.plan.inputs import Machine, total_numel
-from offload_adam.plan.setup import Setup
+from offload_adam.plan.setup import Fsdp2, Setup
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +70,17 @@ def compare(setup: Setup, machine: Machine) -> list[Alternative]:
         if num_ranks > 1 and not on_host:
             name = f"{name}, FSDP2"
         rows.append(_row((name, weights, moments), device, host * local, machine))
-    plan = setup.predict()
-    name = "offload_adam" if setup.fsdp2 is None else "offload_adam, FSDP2"
-    rows.append(
-        _row(
-            (name, *_PRECISIONS[training.state_format]),
-            plan.device_nbytes,
-            plan.host_nbytes * local,
-            machine,
-        )
-    )
+    own = [setup]
+    if num_ranks > 1 and setup.fsdp2 is None:
+        own.append(replace(setup, fsdp2=Fsdp2()))
+    for one in own:
+        plan = one.predict()
+        name = "offload_adam" if one.fsdp2 is None else "offload_adam, FSDP2"
+        weights, moments = _PRECISIONS[training.state_format]
+        if not any(spec.is_bfloat16 for spec in setup.specs):
+            weights = "fp32"  # of other parameters, master weights have all bits
+        words = (name, weights, moments)
+        rows.append(_row(words, plan.device_nbytes, plan.host_nbytes * local, machine))
     return rows
 
 

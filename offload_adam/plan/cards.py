@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 
 _GIB = 2**30
 # `torch.cuda.get_device_properties(0).total_memory` in GiB. Where drivers and boards differ, the
@@ -46,12 +47,17 @@ def find_card(text: str) -> tuple[str, int]:
         return "".join(c for c in name.lower() if c.isalnum())
 
     names = {plain(name): name for name in CARDS}
-    wanted = plain(text[:100])
+    text = re.sub(r"^\s*(nvidia\s*)?(geforce\s*)?", "", text[:100], flags=re.IGNORECASE)
+    wanted = plain(text)
+    # "H100 80GB" is the H100, of which the list has one size.
+    without_size = plain(re.sub(r"[\s-][0-9]+\s*gi?b$", "", text, flags=re.IGNORECASE))
+    for exact in (wanted, without_size):
+        if exact in names:
+            return names[exact], CARDS[names[exact]]
     sizes = [names[key] for key in names if wanted and key.startswith(wanted)]
-    if wanted in names:
-        name = names[wanted]
-        return name, CARDS[name]
-    if wanted and sizes:
+    if len(sizes) == 1:
+        return sizes[0], CARDS[sizes[0]]
+    if sizes:
         raise ValueError(f"--gpu {text}: say which one, {' or '.join(sizes)}")
     near = [names[key] for key in difflib.get_close_matches(wanted, names, n=3)]
     hint = f"did you mean {' or '.join(near)}? Otherwise " if near else ""

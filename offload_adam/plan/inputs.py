@@ -248,6 +248,23 @@ def synthetic_specs(
     ]
 
 
+def typical_specs(
+    numel: int, itemsize: int, *, is_bfloat16: bool | None = None
+) -> list[ParameterSpec]:
+    """Return the parameters of a typical transformer: its embedding first, then its layers.
+
+    A large embedding has a bucket of its own, which decides the size of buffers.
+
+    Raises:
+        ValueError: as of `synthetic_specs`.
+    """
+    embedding = ModelShape.typical(numel).root_numel if 1 <= numel <= MOST_NUMEL else 0
+    if not 0 < embedding < numel:
+        return synthetic_specs(numel, itemsize, is_bfloat16=is_bfloat16)
+    layers = synthetic_specs(numel - embedding, itemsize, is_bfloat16=is_bfloat16)
+    return [replace(layers[0], index=len(layers), numel=embedding), *layers]
+
+
 def total_numel(specs: Sequence[ParameterSpec]) -> int:
     """Return the number of elements of all parameters."""
     return sum(spec.numel for spec in specs)

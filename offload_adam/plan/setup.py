@@ -30,17 +30,21 @@ class Setup:
 
     specs: the trainable parameters. If `training` is sharded already, the parts of one rank.
     fsdp2: FSDP2 shards these parameters; None if it does not, or has already.
+    rows: size of the first dimension of each parameter, along which FSDP2 shards it; None if only
+        the number of parameters is known, and then all ranks have equal parts.
     """
 
     specs: Sequence[ParameterSpec]
     training: Training
     fsdp2: Fsdp2 | None = None
+    rows: Sequence[int] | None = None
 
     def resolve(self) -> tuple[Sequence[ParameterSpec], Training]:
         """Return the parameters of one rank, and how they are trained.
 
-        The parts are of equal size, and the bytes of gathered layers are an estimate: those outside
-        of layers and of two layers, and the gradients of one layer, which FSDP2 copies once.
+        The rank is the first one, whose parts are the largest. The bytes of gathered layers are an
+        estimate: those outside of layers and of two layers, and the gradients of one layer, which
+        FSDP2 copies once.
 
         Raises:
             ValueError: the copies do not divide the ranks.
@@ -54,10 +58,14 @@ class Setup:
                 f"--replicate {fsdp2.replicate} does not divide the {training.world_size} rank(s): "
                 "change it or --world-size"
             )
-        parts = [
-            replace(spec, numel=-(-spec.numel // num_shards), num_shards=fsdp2.replicate)
-            for spec in specs
-        ]
+        numels = [spec.numel for spec in specs]
+        rows = numels if self.rows is None else self.rows
+        parts = []
+        for spec, num_rows in zip(specs, rows, strict=True):
+            # Whole rows: FSDP2 gives a stack of eight experts to eight ranks at most.
+            share = -(-num_rows // num_shards)
+            numel = -(-share * spec.numel // num_rows)
+            parts.append(replace(spec, numel=numel, num_shards=fsdp2.replicate))
         shape = training.shape
         gathered = 0 if shape is None else shape.root_numel + 4 * shape.layer_numel
         return parts, replace(

@@ -34,11 +34,13 @@ def saved_numel_of(matrices: Iterable[tuple[float, float]], width: int) -> int:
 class ModelShape:
     """Sizes of a transformer, or of another model with a list of layers.
 
-    num_layers: number of layers that run one after the other.
+    num_layers: number of layers that a token passes through.
     layer_numel: parameters of the largest layer.
     root_numel: parameters outside of layers, such as embeddings.
     width: elements of a token between two layers.
-    saved_numel: elements that a layer saves for its backward, for each token, see `saved_numel_of`.
+    saved_numel: elements that all layers save for their backward, for each token; see
+        `saved_numel_of`. 0 if it is not known, and then there is no estimate of activations.
+    largest_saved_numel: those of the layer that saves most.
     vocabulary: logits for each token; 0 if the model has none.
     itemsize: bytes of an element of an activation.
     is_typical: the sizes are those of a typical transformer with this number of parameters.
@@ -49,33 +51,37 @@ class ModelShape:
     root_numel: int
     width: int
     saved_numel: int
+    largest_saved_numel: int
     vocabulary: int
     itemsize: int = 2
     is_typical: bool = False
 
     def activation_nbytes(self, num_tokens: int, *, checkpointing: bool) -> int:
-        """Return an estimate of the bytes of activations at the end of a forward.
+        """Return an estimate of the bytes of activations at the end of a forward; 0 if unknown.
 
         Args:
             num_tokens: tokens of a microbatch.
             checkpointing: each layer saves its input alone, and one layer is recomputed at a time.
         """
-        every_layer = self.width if checkpointing else self.saved_numel
-        at_once = self.saved_numel if checkpointing else 0
-        numel = self.num_layers * every_layer + at_once + self.vocabulary
-        return num_tokens * (self.itemsize * numel + LOGIT_NBYTES * self.vocabulary)
+        if not self.saved_numel:
+            return 0
+        saved = self.saved_numel
+        if checkpointing:
+            saved = self.num_layers * self.width + self.largest_saved_numel
+        of_token = self.itemsize * (saved + self.vocabulary) + LOGIT_NBYTES * self.vocabulary
+        return num_tokens * of_token
 
     def formula(self, *, checkpointing: bool) -> str:
         """Return the formula of `activation_nbytes` with this model's sizes."""
+        layers = f"{self.saved_numel:,} elements of {self.num_layers} layers"
         if checkpointing:
             layers = (
-                f"{self.num_layers} layers x {self.width:,} elements + {self.saved_numel:,} of one"
+                f"({self.num_layers} layers x {self.width:,} elements + "
+                f"{self.largest_saved_numel:,} of one layer)"
             )
-        else:
-            layers = f"{self.num_layers} layers x {self.saved_numel:,} elements"
         of_logit = self.itemsize + LOGIT_NBYTES
         logits = f" + {self.vocabulary:,} logits x {of_logit} B" if self.vocabulary else ""
-        return f"({layers}) x {self.itemsize} B{logits}"
+        return f"{layers} x {self.itemsize} B{logits}"
 
     @classmethod
     def transformer(
@@ -101,12 +107,14 @@ class ModelShape:
         """
         attention = [(width, width), (width, kv_width), (width, kv_width), (width, width)]
         matrices = [*attention, *[(width, mlp_width)] * num_mlp_matrices]
+        saved = saved_numel_of(matrices, width)
         return cls(
             num_layers=num_layers,
             layer_numel=sum(rows * columns for rows, columns in matrices) + 2 * width,
             root_numel=(1 if tied else 2) * vocabulary * width + width,
             width=width,
-            saved_numel=saved_numel_of(matrices, width),
+            saved_numel=num_layers * saved,
+            largest_saved_numel=saved,
             vocabulary=vocabulary,
             itemsize=itemsize,
             is_typical=is_typical,

@@ -12,14 +12,23 @@ from rich.table import Table
 from offload_adam.layout.budget import Category
 from offload_adam.layout.timeline import Timeline
 from offload_adam.options import CODED_FORMATS
-from offload_adam.plan.advice import DEVICE, HOST, Advice, Need, advise, largest_model, needs
+from offload_adam.plan.advice import (
+    DEVICE,
+    HOST,
+    Advice,
+    Need,
+    advise,
+    lacking,
+    largest_model,
+    needs,
+)
 from offload_adam.plan.alternatives import Alternative, compare
 from offload_adam.plan.inputs import Machine, Training, total_numel
 from offload_adam.plan.prediction import Prediction
 from offload_adam.plan.setup import Setup
 from offload_adam.plan.shape import ModelShape
 from offload_adam.plan.timing import StepTime, predict_time
-from offload_adam.units import format_count, format_nbytes
+from offload_adam.units import format_count, format_nbytes, format_seconds
 
 _LABELS = {
     Category.GRADIENTS: "gradients (.grad)",
@@ -73,8 +82,10 @@ def plan_run(
     fits = all(need.is_met for need in memories)
     advice = advise(setup, machine)
     others = compare(setup, machine) if with_others else []
-    largest = None  # of sharded parameters, only the parts of one rank are known here
-    if not training.sharded:
+    # Of sharded parameters, only the parts of one rank are known here. A larger model would have
+    # other layers and other frozen parameters than a model that is known.
+    largest, shape = None, training.shape
+    if not (training.sharded or training.frozen_nbytes) and (shape is None or shape.is_typical):
         widest = max(specs, key=lambda spec: spec.itemsize)
         largest = largest_model(widest.itemsize, training, machine, is_bfloat16=widest.is_bfloat16)
     values: dict[str, Any] = {
@@ -101,10 +112,12 @@ def plan_run(
         "largest_model": largest,
     }
     parts: list[Table | str] = [_headline(setup, subject), *_verdict(memories, training)]
+    if with_others and fits:
+        parts += _faster(others)
     if advice:
         parts.append(_advice(advice, training))
     elif not fits:
-        parts.append(_no_advice(memories))
+        parts.append(_no_advice(setup, machine))
     if largest:
         parts.append(
             f"With these settings, the largest model that fits has {format_count(largest)} "
@@ -114,8 +127,8 @@ def plan_run(
     if training.state_format in CODED_FORMATS and is_split:
         parts.append(_NOISE.format(training.state_format))
     parts.append(_memory(plan, training, machine))
-    if training.shape is not None:
-        parts.append(_activations(training, training.shape))
+    if shape is not None and shape.saved_numel:
+        parts.append(_activations(training, shape))
     if others:
         parts.append(_others(others))
     if timing is None:
@@ -149,7 +162,8 @@ def _headline(setup: Setup, subject: str) -> str:
     numel = total_numel(setup.specs)
     words = f"{format_count(numel)} parameter{'s' * (numel != 1)}"
     if training.frozen_nbytes:
-        words += f", beside {format_nbytes(training.frozen_nbytes)} of frozen ones,"
+        frozen = training.frozen_nbytes // max(spec.itemsize for spec in setup.specs)
+        words = f"{format_count(numel)} trained of {format_count(numel + frozen)} parameters"
     if training.sharded:
         words += " on each rank,"
     if subject:
@@ -184,7 +198,8 @@ def _verdict(memories: Sequence[Need], training: Training) -> Iterator[str]:
         )
     else:
         known = "; ".join(f"{need.memory}: {_share(need)}" for need in memories)
-        uncounted = "" if training.shape is not None else ", without counting activations"
+        counts = training.activation_nbytes > 0
+        uncounted = "" if counts else ", without counting activations"
         yield f"It fits{uncounted}. {known[0].upper()}{known[1:]}."
     for need in memories:
         if exceeded or need.available_nbytes is None or training.shape is None:
@@ -193,12 +208,19 @@ def _verdict(memories: Sequence[Need], training: Training) -> Iterator[str]:
             yield f"This is tight: {_TIGHT_REASONS[need.memory]}."
 
 
-def _no_advice(memories: Sequence[Need]) -> str:
+def _no_advice(setup: Setup, machine: Machine) -> str:
     """Return what remains to be done if no change of settings makes a run fit."""
-    if any(need.memory == DEVICE and not need.is_met for need in memories):
-        remaining = "divide its layers by tensor parallelism, shorten its sequences, or take"
-        return f"No change of these settings makes it fit: {remaining} larger GPUs."
-    return "No change of these settings makes it fit: take nodes with more memory."
+    if setup.training.sharded:
+        return "More ranks would divide it further: try a larger --world-size."
+    remaining = []
+    short = lacking(setup, machine)
+    if DEVICE in short:
+        remaining.append(
+            "divide its layers by tensor parallelism, shorten its sequences, or take larger GPUs"
+        )
+    if HOST in short:
+        remaining.append("take nodes with more memory")
+    return f"No change of these settings makes it fit: {'; '.join(remaining)}."
 
 
 def _share(need: Need, of: str = " of ") -> str:
@@ -207,17 +229,21 @@ def _share(need: Need, of: str = " of ") -> str:
 
 def _advice(advice: Sequence[Advice], training: Training) -> Table:
     """Return what makes the run fit, with the bytes that it then needs."""
-    together = len(advice) == 1 and len(advice[0].changes) > 1
-    rows = []
-    for one in advice:
-        for change, cost in zip(one.changes, one.costs, strict=True):
-            is_last = change == one.changes[-1]
-            device, host = one.device_nbytes, one.host_nbytes_of_node
-            nbytes = (format_nbytes(device) if device else "", format_nbytes(host))
-            rows.append((change, cost, *(nbytes if is_last else ("", ""))))
-    title = "These changes together make it fit" if together else "Each of these makes it fit"
-    table = _table(title, ("change", "what it costs", "GPU", "host"), rows)
+    together = len(advice[0].changes) > 1  # only the first one may be a list of changes
+    if together and len(advice) > 1:
+        title = "Each of these makes it fit, the first ones together"
+    else:
+        title = "These changes together make it fit" if together else "Each of these makes it fit"
+    table = _table(title, ("change", "what it costs", "GPU", "host of a node"), [])
     table.columns[1].justify = "left"
+    for one in advice:
+        device = format_nbytes(one.device_nbytes) if one.device_nbytes else ""
+        needs = [""] * (len(one.changes) - 1) + ["now"]
+        for change, cost, last in zip(one.changes, one.costs, needs, strict=True):
+            nbytes = (device, format_nbytes(one.host_nbytes_of_node)) if last else ("", "")
+            table.add_row(change, cost, *nbytes)
+        if one is advice[0] and together:
+            table.add_section()
     if not training.uses_device:
         table.columns.pop(2)
     return table
@@ -283,6 +309,15 @@ def _activations(training: Training, shape: ModelShape) -> str:
     )
 
 
+def _faster(others: Sequence[Alternative]) -> Iterator[str]:
+    """Yield that this package is not needed, if torch's own optimizer fits on the GPUs."""
+    if others and others[0].fits:
+        yield (
+            f"{others[0].name} of torch fits on the GPU, too, and is faster there: this package is "
+            "not needed for this model."
+        )
+
+
 def _others(others: Sequence[Alternative]) -> Table:
     """Return what other optimizers need beside this one."""
     words = {True: "yes", False: "no", None: "?"}
@@ -322,20 +357,20 @@ def _times(timing: StepTime, timeline: Timeline | None, machine: Machine) -> Tab
     title = "Predicted time of a step"
     if "compute" not in timing.seconds:
         title += ", without forward and backward"
-    table = _table(title, ("", "seconds", "speed"), [])
+    table = _table(title, ("", "time", "speed"), [])
     table.columns[2].justify = "left"
     for name, seconds in timing.seconds.items():
         speed = f"{_speed(name, machine)}, {machine.source_of(name)}"
-        table.add_row(_LABELS[name], f"{seconds:.4g}", speed)
+        table.add_row(_LABELS[name], format_seconds(seconds), speed)
     if len(timing.seconds) == 1:
         return table  # the rows below would repeat its time
     table.add_section()
-    least = f"{timing.least_s:.4g}", f"the time of {timing.bound}"
+    least = format_seconds(timing.least_s), f"the time of {timing.bound}"
     table.add_row("at least, with perfect overlap", *least)
     if timeline is not None:
-        table.add_row("overlapped as scheduled", f"{timeline.end_s:.4g}")
-        table.add_row("  exposed, on top of compute", f"{timeline.exposed_s:.4g}")
-    table.add_row("at most, without overlap", f"{timing.total_s:.4g}")
+        table.add_row("overlapped as scheduled", format_seconds(timeline.end_s))
+        table.add_row("  exposed, on top of compute", format_seconds(timeline.exposed_s))
+    table.add_row("at most, without overlap", format_seconds(timing.total_s))
     return table
 
 

@@ -18,6 +18,7 @@ from offload_adam.layout.schedule import Operation, plan_schedule
 from offload_adam.layout.state_plan import StatePlan
 from offload_adam.layout.timeline import Timeline, predict_timeline
 from offload_adam.plan.inputs import Machine, Source, Training, total_numel
+from offload_adam.units import format_count
 
 GB = 1e9
 TERA = 1e12
@@ -116,8 +117,8 @@ def _doubts(specs: Sequence[ParameterSpec], training: Training) -> Iterator[str]
         yield "forward and backward of frozen parameters are not counted"
     if not least <= on_node <= most:
         yield (
-            f"a node updates {on_node:.2g} parameters, but predictions were compared with measured "
-            f"steps of {least:.2g} to {most:.2g} parameters only"
+            f"a node updates {format_count(on_node)} parameters, but predictions were compared "
+            f"with measured steps of {format_count(least)} to {format_count(most)} parameters only"
         )
     if training.on_device or training.world_size > MOST_COMPARED_RANKS:
         yield "predictions were compared with measured steps of one or two ranks on a CPU only"

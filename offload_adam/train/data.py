@@ -109,7 +109,9 @@ def matching_files(pattern: str) -> dict[str, Path]:
     files = [path for path in paths if path.is_file()]
     if not files:
         raise ConfigError.at(
-            "data.path", f"no file matches {pattern!r} (the working folder is {Path.cwd()})"
+            "data.path",
+            f"no file matches {pattern!r}: write an absolute path, or one from the working folder, "
+            f"{Path.cwd()}",
         )
     return _by_name(files, root)
 

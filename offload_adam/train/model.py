@@ -97,7 +97,7 @@ def find_factory(spec: str) -> Callable[..., Any]:
         if isinstance(error, ModuleNotFoundError) and _leads_to(error.name, module_name):
             problem = (
                 f"there is no module {error.name}: put it into the working directory, {os.getcwd()}"
-                ", or add its folder to PYTHONPATH, which is a part of sys.path"
+                ", or add its folder to PYTHONPATH"
             )
             raise ConfigError.at(_KEY, problem) from error
         text = f"cannot import {module_name}: {_described(error)}"

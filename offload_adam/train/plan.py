@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,6 +15,7 @@ from offload_adam.config.mesh import mesh_sizes
 from offload_adam.config.optimizer_sections import AdamSection
 from offload_adam.config.sections import ParallelSection
 from offload_adam.fsdp_private import local_of
+from offload_adam.integrations.model_config import UNKNOWN_SIZES, ModelSizes
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.params.selection import bucket_key_of, follows_state_format
 from offload_adam.plan.inputs import Training
@@ -55,43 +57,93 @@ def planner_inputs_of(
     return sharded_inputs(model, config.parallel, training, world_size)
 
 
-def shape_of(model: nn.Module, *, active_experts: float = 1.0) -> ModelShape | None:
-    """Return the sizes from which a model's activations are estimated; None without layers.
+_LEAST_SHARE_OF_MATRICES = 0.8
+"""Share of a layer's parameters in matrices, below which its activations are not estimated."""
 
-    Its layers are the children of the list of modules with the most parameters. The widest Linear
-    outside of them that reads their output makes the logits.
+
+def shape_of(model: nn.Module, sizes: ModelSizes = UNKNOWN_SIZES) -> ModelShape:
+    """Return the sizes from which a model's activations and gathered layers are estimated.
+
+    Its layers are the children of the outermost lists of modules. Those of the list with the most
+    parameters, and of others of its width, count for activations: encoder and decoder, but not the
+    vision tower of a language model. Without lists, the whole model is one layer.
 
     Args:
-        active_experts: share of each layer's experts that a token passes through.
+        sizes: those that the model's configuration names.
     """
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    layers = max(lists, key=_numel_of, default=None)
-    if layers is None or _numel_of(layers) == 0:
-        return None
-    largest = max(layers, key=_numel_of)
-    matrices: list[tuple[float, float]] = []
-    widths: Counter[int] = Counter()
-    for name, parameter in largest.named_parameters():
-        if parameter.ndim < 2:
-            continue
-        rows, columns = parameter.shape[-2:]
-        widths.update((rows, columns))
-        is_expert = ".experts." in f".{name}"
-        share = math.prod(parameter.shape[:-2]) * (active_experts if is_expert else 1.0)
-        matrices.append((rows * share, columns * share))
-    [(width, _)] = widths.most_common(1) or [(0, 0)]
-    inside = set(layers.modules())
-    heads = (m for m in model.modules() if isinstance(m, nn.Linear) and m not in inside)
-    num_logits = max((m.out_features for m in heads if m.in_features == width), default=0)
+    lists = [*_outermost_lists(model)]
+    layers = [layer for one in lists for layer in one if _numel_of(layer)] or [model]
+    in_layers = _numel_of(nn.ModuleList(layers))
+    main = max(lists, key=_numel_of, default=nn.ModuleList([model]))
+    width = sizes.width or _common_width(main)
+    counted = [
+        layer
+        for one in (lists or [main])
+        if one is main or _common_width(one) == _common_width(main)
+        for layer in one
+        if _numel_of(layer)
+    ]
+    saved = [_saved_numel(layer, width, sizes.num_experts) for layer in counted]
+    num_logits = sizes.num_logits
+    if num_logits is None:
+        num_logits = _num_logits(model, lists, width)
+    passes = max(1.0, (sizes.num_layers or 0) / max(1, len(counted)))  # of shared layers
+    is_known = sizes.reads_tokens and width > 0 and None not in saved
+    known = [numel for numel in saved if numel is not None] if is_known else []
     return ModelShape(
-        num_layers=sum(_numel_of(layer) > 0 for layer in layers),
-        layer_numel=_numel_of(largest),
-        root_numel=_numel_of(model) - _numel_of(layers),
+        num_layers=round(passes * len(counted)),
+        layer_numel=max(map(_numel_of, layers)),
+        root_numel=_numel_of(model) - in_layers,
         width=width,
-        saved_numel=saved_numel_of(matrices, width),
+        saved_numel=round(passes * sum(known)),
+        largest_saved_numel=max(known, default=0),
         vocabulary=num_logits,
-        itemsize=max(parameter.element_size() for parameter in largest.parameters()),
+        itemsize=max(parameter.element_size() for parameter in model.parameters()),
     )
+
+
+def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from _outermost_lists(child)
+
+
+def _common_width(module: nn.Module) -> int:
+    """Return the most common dimension of the matrices in a module; 0 without any."""
+    widths: Counter[int] = Counter()
+    for parameter in module.parameters():
+        if parameter.ndim == 2:
+            widths.update(parameter.shape)
+    return widths.most_common(1)[0][0] if widths else 0
+
+
+def _saved_numel(layer: nn.Module, width: int, num_experts: tuple[int, int] | None) -> int | None:
+    """Return the elements that a layer saves for a token; None if it is not made of matrices."""
+    matrices: list[tuple[float, float]] = []
+    total = in_matrices = 0
+    experts, active = num_experts or (0, 0)
+    for name, parameter in layer.named_parameters():
+        total += parameter.numel()
+        is_stacked = parameter.ndim == 3 and parameter.shape[0] == experts
+        if parameter.ndim == 2 or is_stacked:
+            in_matrices += parameter.numel()
+            rows, columns = parameter.shape[-2:]
+            share = float(active) if is_stacked else 1.0
+            if parameter.ndim == 2 and experts and ".experts." in f".{name}":
+                share = active / experts
+            matrices.append((rows * share, columns * share))
+    if in_matrices < _LEAST_SHARE_OF_MATRICES * total:
+        return None
+    return saved_numel_of(matrices, width)
+
+
+def _num_logits(model: nn.Module, lists: Sequence[nn.ModuleList], width: int) -> int:
+    """Return the outputs of the widest Linear outside of layers that reads a token's elements."""
+    inside = {module for one in lists for module in one.modules()}
+    heads = (m for m in model.modules() if isinstance(m, nn.Linear) and m not in inside)
+    return max((m.out_features for m in heads if m.in_features == width), default=0)
 
 
 def frozen_nbytes(model: nn.Module) -> int:
@@ -122,6 +174,7 @@ def sharded_inputs(
         for number, unit in enumerate(dict.fromkeys(units_of(model)))
         for parameter in unit.parameters()
     }
+    itemsize = 0  # of the dtype in which layers compute
     specs: list[ParameterSpec] = []
     gathered: Counter[int] = Counter()
     for parameter in model.parameters():
@@ -130,6 +183,7 @@ def sharded_inputs(
         if dim is not None:
             shape[dim] //= sizes.tensor
         computed = DTYPES[section.param_dtype] if section.param_dtype else parameter.dtype
+        itemsize = max(itemsize, computed.itemsize)
         gathered[unit] += math.prod(shape) * computed.itemsize
         shape[0] = -(-shape[0] // sizes.shard)
         if parameter.requires_grad:
@@ -156,6 +210,7 @@ def sharded_inputs(
         gathered_nbytes=root + 4 * largest,
         gathers_on_device=training.on_device,
         frozen_nbytes=-(-training.frozen_nbytes // sizes.shard),
+        shape=training.shape and replace(training.shape, itemsize=itemsize),
     )
 
 

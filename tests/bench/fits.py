@@ -9,14 +9,15 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from offload_adam.layout.flat import ParameterSpec
 from offload_adam.options import StateFormat
 from offload_adam.plan.advice import fits
 from offload_adam.plan.alternatives import compare
 from offload_adam.plan.cards import CARDS
-from offload_adam.plan.inputs import Machine, Training, synthetic_specs
+from offload_adam.plan.inputs import Machine, Training, typical_specs
 from offload_adam.plan.setup import Fsdp2, Setup
 from offload_adam.plan.shape import ModelShape
 from offload_adam.units import format_count
@@ -54,7 +55,13 @@ MODELS = {
 SHOWN_CARDS = ("RTX-4090", "L40S", "A100-80GB", "H100", "H200", "B200")
 
 
-def setup_of(shape: ModelShape, state_format: StateFormat, *, on_host: bool = False) -> Setup:
+def setup_of(
+    specs: Sequence[ParameterSpec],
+    shape: ModelShape,
+    state_format: StateFormat,
+    *,
+    on_host: bool = False,
+) -> Setup:
     """Return the setup of a bf16 model on one GPU, with activation checkpointing."""
     training = Training(
         shape=shape,
@@ -63,8 +70,26 @@ def setup_of(shape: ModelShape, state_format: StateFormat, *, on_host: bool = Fa
         state_format=state_format,
         saves=True,
     )
-    fsdp2 = Fsdp2(offload_weights=True) if on_host else None
-    return Setup(synthetic_specs(shape.numel, 2), training, fsdp2)
+    return Setup(specs, training, Fsdp2(offload_weights=True) if on_host else None)
+
+
+def setup_of_model(name: str, state_format: StateFormat, *, on_host: bool = False) -> Setup:
+    """Return the setup of a model, whose parameters are one for each embedding and layer."""
+    shape = MODELS[name]
+    tables = 1 if shape.root_numel < 2 * shape.vocabulary * shape.width else 2
+    sizes = [shape.vocabulary * shape.width] * tables + [shape.layer_numel] * shape.num_layers
+    sizes.append(shape.numel - sum(sizes))
+    specs = [
+        ParameterSpec(i, size, 2, "bf16", is_bfloat16=True, follows_state_format=True)
+        for i, size in enumerate(sizes)
+    ]
+    return setup_of(specs, shape, state_format, on_host=on_host)
+
+
+def setup_of_size(numel: int, state_format: StateFormat, *, on_host: bool = False) -> Setup:
+    """Return the setup of a typical transformer."""
+    specs = typical_specs(numel, 2)
+    return setup_of(specs, ModelShape.typical(numel), state_format, on_host=on_host)
 
 
 def model_table() -> str:
@@ -75,14 +100,14 @@ def model_table() -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, shape in MODELS.items():
-        setup = setup_of(shape, "fp32")
+        setup = setup_of_model(name, "fp32")
         others = {row.name: row.device_nbytes for row in compare(setup, Machine())}
-        on_host = setup_of(shape, "fp32", on_host=True).predict().device_nbytes
+        on_host = setup_of_model(name, "fp32", on_host=True).predict().device_nbytes
         formats: tuple[StateFormat, ...] = ("fp32", "bf16", "mixed", "int8")
         cells = [
             format_count(shape.numel),
             *map(_gib, (others["AdamW"], others["8-bit AdamW"], others["offload_adam"], on_host)),
-            *(_gib(setup_of(shape, one).predict().host_nbytes) for one in formats),
+            *(_gib(setup_of_model(name, one).predict().host_nbytes) for one in formats),
         ]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
@@ -91,7 +116,7 @@ def model_table() -> str:
 def card_table() -> str:
     """Return the largest model that each card trains, as Markdown."""
     rows = [
-        "| card | usable | AdamW | 8-bit AdamW | offload_adam | weights in host memory | "
+        "| card | usable GiB | AdamW | 8-bit AdamW | offload_adam | weights in host memory | "
         "weights in host memory, int8 |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -99,14 +124,13 @@ def card_table() -> str:
         machine = Machine(host_nbytes=HOST_NBYTES, device_nbytes=CARDS[card])
 
         def other(numel: int, name: str, machine: Machine = machine) -> bool:
-            setup = setup_of(ModelShape.typical(numel), "fp32")
+            setup = setup_of_size(numel, "fp32")
             return any(row.name == name and row.fits for row in compare(setup, machine))
 
         def own(
             numel: int, state_format: StateFormat, on_host: bool, machine: Machine = machine
         ) -> bool:
-            setup = setup_of(ModelShape.typical(numel), state_format, on_host=on_host)
-            return fits(setup, machine)
+            return fits(setup_of_size(numel, state_format, on_host=on_host), machine)
 
         cells = [
             _largest(lambda n: other(n, "AdamW")),
@@ -146,15 +170,15 @@ def _largest(fits: Callable[[int], bool]) -> str:
 
 
 def _gib(nbytes: int) -> str:
-    return f"{nbytes / GIB:,.0f} GiB"
+    return f"{nbytes / GIB:,.1f}"
 
 
 def fit_section() -> str:
     """Return the generated part of docs/does-it-fit.md."""
     return (
         "A bf16 model on one GPU, all of it trained, with activation checkpointing and one "
-        f"sequence of {SEQUENCE_LENGTH:,} tokens. First the memory of the GPU, then "
-        f"that of the host for each state format:\n\n{model_table()}\n\n"
+        f"sequence of {SEQUENCE_LENGTH:,} tokens. In GiB: first the memory "
+        f"of the GPU, then that of the host for each state format:\n\n{model_table()}\n\n"
         "The largest model for a card, with 512 GiB of host memory and the same settings:\n\n"
         f"{card_table()}\n\n"
         '"AdamW" keeps weights, gradients and moments in fp32 on the GPU. "8-bit AdamW" keeps '

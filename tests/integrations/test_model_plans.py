@@ -13,7 +13,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from offload_adam.cli.app import app
-from offload_adam.integrations.model_config import active_experts, build_on_meta
+from offload_adam.integrations.model_config import build_on_meta, sizes_of
 from offload_adam.train.plan import shape_of
 
 MACHINE = ("--gpu=H100", "--host-memory=512GiB")
@@ -80,7 +80,8 @@ def test_a_model_has_its_own_sizes(tmp_path: Path) -> None:
     assert shape["root_numel"] == 2 * 128256 * 4096 + 4096
     # 2 B for each token: q, k, v, o, gate, up and down, in and out; and the norms.
     matrices = 8192 + 2 * (4096 + 1024) + 8192 + 2 * (4096 + 14336) + 14336 + 4096
-    assert shape["saved_numel"] == matrices + 4 * 4096
+    assert shape["largest_saved_numel"] == matrices + 4 * 4096
+    assert shape["saved_numel"] == 32 * shape["largest_saved_numel"]
 
 
 def test_a_share_of_the_parameters_is_trained(tmp_path: Path) -> None:
@@ -116,8 +117,7 @@ def test_activations_are_near_those_that_torch_saves(
     """The tensors that autograd saves in one forward, each storage counted once."""
     (tmp_path / "config.json").write_text(json.dumps(config))
     on_meta = build_on_meta(tmp_path, torch.bfloat16)
-    shape = shape_of(on_meta, active_experts=active_experts(on_meta))
-    assert shape is not None
+    shape = shape_of(on_meta, sizes_of(on_meta))
     sizes = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(config)
     model = transformers.AutoModelForCausalLM.from_config(sizes, dtype=torch.bfloat16)
     tokens = torch.zeros((2, 256), dtype=torch.int64, device="cpu")
@@ -153,6 +153,12 @@ def saved_nbytes(model: nn.Module, tokens: torch.Tensor) -> int:
         ('{"model_type": ["llama"]}', "is not known to transformers"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "cannot build this model"),
         ('{"model_type": "llama", "hidden_size": -8}', "cannot build this model"),
+        ('{"model_type": "llama", "num_hidden_layers": 0}', "must be at least 1"),
+        ('{"model_type": "llama", "num_hidden_layers": 1000000}', "at most 2000"),
+        ('{"model_type": "gpt2", "n_layer": 20000}', "n_layer must be at least 1 and at most 2000"),
+        ('{"model_type": "t5", "num_layers": -3}', "num_layers must be at least 1"),
+        ("\x00", "cannot be read as JSON"),
+        (f'{{"model_type": "llama", "hidden_size": 1{5000 * "0"}}}', "cannot be read as JSON"),
     ],
 )
 def test_a_wrong_configuration_is_an_error(content: str, words: str, tmp_path: Path) -> None:
@@ -166,6 +172,104 @@ def test_a_name_on_the_hub_is_not_downloaded() -> None:
     code, output = plan("--model=meta-llama/Llama-3.1-8B", *MACHINE)
     assert code == 2
     assert "nothing is downloaded" in output
+
+
+EVIL = "import pathlib; pathlib.Path(__file__).with_name('ran').touch()\nclass M: pass\n"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "llama", "num_hidden_layers": 1},
+        {
+            "model_type": "encoder-decoder",
+            "encoder": {"model_type": "bert", "num_hidden_layers": 1},
+            "decoder": {"model_type": "bert", "num_hidden_layers": 1},
+        },
+    ],
+)
+def test_code_in_the_folder_is_not_run(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # the answer to every question
+    (tmp_path / "evil.py").write_text(EVIL)
+    code = {
+        "auto_map": dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), "evil.M"),
+        "_name_or_path": str(tmp_path),
+        "name_or_path": str(tmp_path),
+    }
+    nested = {k: {**v, **code} if isinstance(v, dict) else v for k, v in config.items()}
+    (tmp_path / "config.json").write_text(json.dumps({**nested, **code}))
+    plan(f"--model={tmp_path}", *MACHINE)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_libraries_that_a_plan_does_not_need_are_not_asked_for(tmp_path: Path) -> None:
+    gpt2 = {"model_type": "gpt2", "attn_implementation": "flash_attention_2"}
+    assert planned(tmp_path, gpt2)["num_parameters"] == 124_439_808
+
+
+MIXTRAL = {
+    "model_type": "mixtral",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 1024,
+    "num_local_experts": 8,
+}
+
+
+@pytest.mark.parametrize("world_size", [4, 8, 16, 64])
+def test_fsdp2_divides_whole_rows(world_size: int, tmp_path: Path) -> None:
+    """Eight stacked experts are on eight ranks at most: rank 0 has one of them whole."""
+    size = f"--world-size={world_size}"
+    values = planned(tmp_path, MIXTRAL, "--fsdp2", size, "--local-world-size=4")
+    built = build_on_meta(tmp_path, torch.bfloat16)
+    rank_0 = sum(
+        -(-parameter.shape[0] // world_size) * parameter.numel() // parameter.shape[0]
+        for parameter in built.parameters()
+    )
+    # Each parameter has whole blocks of 128 elements.
+    nbytes = values["bytes_per_rank"]["device"]["parameters"]
+    assert nbytes == pytest.approx(2 * rank_0, abs=2 * 128 * len([*built.parameters()]))
+
+
+@pytest.mark.parametrize(
+    ("config", "num_layers", "width", "vocabulary"),
+    [
+        # Encoder and decoder.
+        ({"model_type": "t5"}, 12, 512, 32128),
+        # One layer, whose parameters twelve passes share.
+        ({"model_type": "albert"}, 12, 4096, 30000),
+        ({"model_type": "jetmoe"}, 12, 2048, 32000),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else None,
+)
+def test_layers_are_counted_as_tokens_pass_them(
+    config: dict[str, Any], num_layers: int, width: int, vocabulary: int, tmp_path: Path
+) -> None:
+    architectures = {"t5": "T5ForConditionalGeneration", "albert": "AlbertForMaskedLM"}
+    named = architectures.get(config["model_type"])
+    if named:
+        config = {**config, "architectures": [named]}
+    shape = planned(tmp_path, config)["training"]["shape"]
+    assert shape["num_layers"] == num_layers
+    assert shape["width"] == width
+    assert shape["vocabulary"] == vocabulary
+    assert shape["saved_numel"] > 0
+
+
+@pytest.mark.parametrize("model_type", ["resnet", "convnext", "xlnet"])
+def test_activations_of_other_models_are_not_guessed(model_type: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    code, output = plan(f"--model={tmp_path}", *MACHINE)
+    assert code == 0, output
+    assert "It fits, without counting activations." in output
+    code, output = plan(f"--model={tmp_path}", *MACHINE, "--checkpointing")
+    assert code == 2
+    assert "cannot be estimated" in output
 
 
 def test_weights_in_the_folder_are_not_read(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The pictures of the README are drawn from a report, with all that it shows."""
+"""The pictures of the guide to profiles are drawn from a report, with all that it shows."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ def test_the_pictures_of_a_report_are_written(
         assert height > 200 * pictures.SCALE
 
 
-def test_the_example_is_the_readmes() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    line = next(line for line in readme.splitlines() if "profile configs/tiny.yaml" in line)
+def test_the_example_is_that_of_the_guide() -> None:
+    guide = (ROOT / "docs" / "guides" / "profile.md").read_text(encoding="utf-8")
+    lines = guide.replace("\\\n", " ").splitlines()
+    line = next(line for line in lines if "profile configs/tiny.yaml" in line)
     _, _, command = line.partition("--nproc-per-node=2 ")
     example = [part.removeprefix(f"{ROOT}/") for part in pictures.EXAMPLE]
     assert example == shlex.split(command)

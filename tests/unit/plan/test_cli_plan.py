@@ -75,11 +75,11 @@ def test_a_share_of_the_state_stays_on_the_gpus(tmp_path: Path) -> None:
     [
         (
             "--gpu-memory=24GiB",
-            "the memory of a GPU is 1.72 GiB too small: 25.72 GiB are needed of 24.00 GiB",
+            "the memory of a GPU is 4.00 GiB too small: 28.00 GiB are needed of 24.00 GiB",
         ),
         (
             "--host-memory=100GiB",
-            "the host memory of a node is 69.71 GiB too small: 169.71 GiB are needed of 100.00 GiB",
+            "the host memory of a node is 70.88 GiB too small: 170.88 GiB are needed of 100.00 GiB",
         ),
     ],
 )
@@ -120,6 +120,15 @@ def test_bandwidths_give_times_that_are_marked_as_rough(tmp_path: Path) -> None:
         ((f"--params={400 * '9'}",), "is not a number"),
         (("--params=1e9", "--gpu-memory=24"), "'24' has no unit: write 24GB or 24GiB"),
         (("--params=1e9", "--host-memory=1e12"), "'1e12' has no unit"),
+        (("--params=1e9", "--host-memory=80GB/2"), "is not a size"),
+        (("--params=1e9", "--host-memory=200GB+24GB"), "is not a size"),
+        (("--params=1e9", "--host-memory=1,000GB"), "is not a size"),
+        (("--params=1e9", "--host-memory=1.5.7TB"), "is not a size"),
+        (("--params=1e9", "--host-memory=80-GB"), "is not a size"),
+        (("--params=1e9", "--host-memory=\uff18\uff10GB"), "is not a size"),
+        (("--params=1e9", "--gpu-memory=24Gb"), "could mean bits: write B for bytes"),
+        (("--params=1e9", "--gpu-memory=24Gbit"), "is not a size"),
+        (("--params=1e9", "--host-memory=inf"), "is not a size"),
         (("--params=1e9", "--gpu=H1000"), "did you mean H100"),
         (("--params=1e9", "--gpu=A100"), "say which one, A100-40GB or A100-80GB"),
         (("--params=1e9", "--gpu="), "is not a known card"),
@@ -144,7 +153,7 @@ def test_bandwidths_give_times_that_are_marked_as_rough(tmp_path: Path) -> None:
         (("--params=1e9", "--tflops=nan", "--tokens=5"), "--tflops must be at least"),
         (("--params=1e9", f"--tokens=1{400 * '0'}"), "--tokens must be at least 1"),
         (("--params=1e9", f"--world-size=1{400 * '0'}"), "--world-size must be at least 1"),
-        (("--params=1e9", f"--host-memory=1{100_000 * '0'}"), "has no unit"),
+        (("--params=1e9", f"--host-memory=1{100_000 * '0'}"), "is not a size below 2**63"),
         (("--params=1e9", "--gpu-memory=1e300TB"), "is not a size below 2**63"),
         (("--params=1e9", f"--param-dtype={100_000 * 'x'}"), "fp32, bf16 or fp16"),
         (("--params=1e9", "--offload-fraction=nan"), "offload_fraction must lie in [0, 1]"),
@@ -302,8 +311,8 @@ def test_state_in_bf16_takes_ten_bytes_a_parameter(tmp_path: Path) -> None:
     for plane in ("master_weight", "master_remainder", "exp_avg", "exp_avg_sq", "gradient shards"):
         assert host[plane] == pytest.approx(2 * 13e9 / 4, rel=0.01), plane
     assert values["training"]["state_format"] == "bf16"
-    # 2 bytes each on a GPU: the GPUs are full first.
-    assert values["largest_model"] == pytest.approx(80 * GIB / 2, rel=0.02)
+    # 2 bytes each on a GPU, and three slots of the embedding: the GPUs are full first.
+    assert values["largest_model"] == pytest.approx(80 * GIB / 2, rel=0.07)
     values = planned(tmp_path, *arguments, "--gpu-memory=800GiB")
     assert values["largest_model"] == pytest.approx(512 * GIB / 10, rel=0.02)
 
@@ -334,9 +343,10 @@ def test_state_in_codes_takes_the_bytes_of_its_planes(
         "gradient shards": 2 * num_parameters,
     }
     host = values["bytes_per_rank"]["host"]
-    assert {plane: host[plane] for plane in expected} == expected
+    # The embedding and the layers are whole blocks of 128 elements.
+    assert {plane: host[plane] for plane in expected} == pytest.approx(expected, rel=1e-5)
     assert sum(expected.values()) == nbytes * num_parameters
-    assert values["seconds"]["update"] == pytest.approx(traffic * num_parameters / 1e11)
+    assert values["seconds"]["update"] == pytest.approx(traffic * num_parameters / 1e11, rel=1e-5)
     values = planned(tmp_path, *arguments, "--gpu-memory=800GiB")
     assert values["largest_model"] == pytest.approx(512 * GIB / nbytes, rel=0.02)
 

@@ -106,7 +106,7 @@ def test_the_command_prints_what_is_exposed_and_draws_a_step(tmp_path: Path) -> 
     assert values["seconds_overlapped"] == pytest.approx(
         values["seconds"]["compute"] + values["seconds_exposed"], rel=1e-9
     )
-    assert f"{values['seconds_exposed']:.4g}" in result.output
+    assert f"{1e3 * values['seconds_exposed']:.4g} ms" in result.output
     lines = drawn.read_text().splitlines()
     names = ["compute", "D2H copy", "update", "H2D copy"]
     assert [line[:9].strip() for line in lines[:-1]] == names

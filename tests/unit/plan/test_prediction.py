@@ -236,8 +236,8 @@ def test_doubts_say_why_a_time_is_rough() -> None:
     assert timing is not None
     assert timing.doubts == ()
     for numel, training, words in (
-        (1_000_000, Training(on_device=False), "a node updates 1e+06 parameters"),
-        (10**9, Training(on_device=False), "a node updates 1e+09 parameters"),
+        (1_000_000, Training(on_device=False), "a node updates 1 M parameters"),
+        (10**9, Training(on_device=False), "a node updates 1 B parameters"),
         (16_000_000, Training(), "no bandwidth is known for the bus"),
         (16_000_000, Training(on_device=False, world_size=2), "for the network"),
     ):

@@ -36,7 +36,7 @@ def test_without_the_extra_all_else_is_written_and_it_is_named(
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     with caplog.at_level(logging.INFO):
         assert profile(tmp_path) == (0, ALWAYS)
-    assert f"report.html needs plotly: {how_to_install('report')}" in caplog.text
+    assert f"report.html needs vl-convert-python: {how_to_install('report')}" in caplog.text
     assert "A step takes" in caplog.text
     assert "Memory peaked" in caplog.text
 
