@@ -15,7 +15,6 @@ import os
 import re
 import subprocess
 import sys
-from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,7 @@ os.environ["COLUMNS"] = "100"  # width of argparse's help
 from offload_adam import __version__
 from offload_adam.bench.__main__ import main as bench
 from offload_adam.config.load import write_yaml
-from offload_adam.config.optimizer_sections import AdamSection
-from offload_adam.config.sections import COMPLETE
+from offload_adam.config.reference import all_keys, allowed_by, kinds_of
 
 HERE = Path(__file__).parent
 GENERATED = HERE / "reference" / "generated"
@@ -94,20 +92,25 @@ def _indent(line: str) -> int:
 
 
 def _configuration() -> str:
-    """Return a table of the keys of each section, with default and meaning, as Markdown."""
+    """Return a table of the keys of each section, with values and meaning, as Markdown."""
     text = []
-    for name, section in [*COMPLETE, ("optimizer", AdamSection(name="Adam"))]:
-        other = f" with `name: {section.name}`" if isinstance(section, AdamSection) else ""
-        text += [f"## {name}{other}", cleandoc(section.__doc__ or "")]
-        rows = ["| key | default | meaning |", "|---|---|---|"]
-        for key, value in section.model_dump(mode="json").items():
-            default = write_yaml({"": value}).partition(":")[2].strip() if value != "" else ""
-            if isinstance(value, dict | list):
-                default = re.sub(r"\s*\n\s*", ", ", default).replace("- ", "")
-            meaning = (type(section).model_fields[key].description or "").replace("|", r"\|")
-            rows.append(f"| `{name}.{key}` | {default and f'`{default}`'} | {meaning} |")
-        text.append("\n".join(rows))
-    return "\n\n".join([*text, ""])
+    for key in all_keys():
+        meaning = key.schema.get("description", "")
+        if "." not in key.path:
+            other = f" with `{key.condition}`" if key.condition else ""
+            text += ["", f"## {key.path}{other}", "", meaning, ""]
+            text += ["| key | values | default | meaning |", "|---|---|---|---|"]
+            continue
+        cells = [f"`{key.path}`", "section", "", meaning]
+        if not key.is_section:
+            cells[1] = ": ".join(filter(None, (kinds_of(key.schema), allowed_by(key.schema))))
+            default = key.schema.get("default", "")
+            written = write_yaml({"": default}).partition(":")[2].strip()
+            if isinstance(default, list):
+                written = re.sub(r"\s*\n\s*", ", ", written).replace("- ", "")
+            cells[2] = f"`{written}`" if default != "" else ""
+        text.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join([*text, ""])
 
 
 def _commands() -> str:

@@ -473,7 +473,7 @@ class ExecutionOptions:
         None,
         Flag(),
         "Return from `step()` before the updates finish: they run during the next forward. By "
-        "default true if all parameters are on a GPU.",
+        "default true with `module` (YAML: `streaming`, `use_offload`) if the model runs on a GPU.",
         key="optimizer.overlap",
     )
     defer: bool = option(

@@ -59,7 +59,7 @@ def json_schema() -> dict[str, Any]:
 def keys_by_section() -> str:
     """Return the names of all keys, a paragraph for each section, in lines of `WIDTH` columns."""
     lines = []
-    for section in (key for key in _all_keys() if "." not in key.path):
+    for section in (key for key in all_keys() if "." not in key.path):
         below = [
             key.path.removeprefix(f"{section.path}.")
             for key in _below_section(section)
@@ -80,7 +80,7 @@ def explain_key(path: str) -> str:
         ConfigError: there is no such key; the message names the nearest ones.
     """
     path = path.removeprefix("--").partition("=")[0]
-    found = [key for key in _all_keys() if key.path == path]
+    found = [key for key in all_keys() if key.path == path]
     if not found:
         parent, _, name = path.rpartition(".")
         problem = "unknown key"
@@ -98,7 +98,7 @@ def explain_key(path: str) -> str:
 def _below_section(section: Key) -> Iterator[Key]:
     """Yield what is below a section, nothing for a key."""
     begin = f"{section.path}."
-    for key in _all_keys():
+    for key in all_keys():
         if key.path.startswith(begin) and key.condition == section.condition:
             yield key
 
@@ -106,7 +106,7 @@ def _below_section(section: Key) -> Iterator[Key]:
 def _explained(key: Key) -> Iterator[str]:
     yield f"{key.path}, with optimizer.{key.condition}" if key.condition else key.path
     if not key.is_section:
-        kinds, allowed = _kinds_of(key.schema), _allowed_by(key.schema)
+        kinds, allowed = kinds_of(key.schema), allowed_by(key.schema)
         yield from _wrapped(f"type:    {kinds}")
         if "default" in key.schema:
             yield from _wrapped(f"default: {json.dumps(key.schema['default'])}")
@@ -122,7 +122,7 @@ def _wrapped(text: str) -> list[str]:
 
 
 @cache
-def _all_keys() -> tuple[Key, ...]:
+def all_keys() -> tuple[Key, ...]:
     """Return all sections and keys, each section before its keys."""
     schema = json_schema()
     top = Key("", _resolved(schema, schema["$defs"]))
@@ -153,29 +153,29 @@ def _resolved(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> Mapp
     return definitions[reference.rpartition("/")[2]]  # type: ignore[no-any-return]
 
 
-def _kinds_of(schema: Mapping[str, Any]) -> str:
+def kinds_of(schema: Mapping[str, Any]) -> str:
     """Return the types of a key's values."""
     if "anyOf" in schema:
-        return " or ".join(_kinds_of(one) for one in schema["anyOf"])
+        return " or ".join(kinds_of(one) for one in schema["anyOf"])
     if "prefixItems" in schema:
         return "list of two numbers"
     if "items" in schema:
-        return f"list of {_kinds_of(schema['items'])}s"
+        return f"list of {kinds_of(schema['items'])}s"
     if "const" in schema and "type" not in schema:
         return "text"
     return _NAMES[schema["type"]]
 
 
-def _allowed_by(schema: Mapping[str, Any]) -> str:
+def allowed_by(schema: Mapping[str, Any]) -> str:
     """Return the values that a key may have, "" if its type says it all."""
     if "anyOf" in schema:
-        return ", or ".join(filter(None, map(_allowed_by, schema["anyOf"])))
+        return ", or ".join(filter(None, map(allowed_by, schema["anyOf"])))
     if "const" in schema:
         return repr(schema["const"])
     if "enum" in schema:
         return ", ".join(map(repr, schema["enum"]))
     if "prefixItems" in schema:
-        return f"each {_allowed_by(schema['prefixItems'][0])}"
+        return f"each {allowed_by(schema['prefixItems'][0])}"
     if schema.get("pattern") in PATTERNS:
         return PATTERNS[schema["pattern"]]
     return " and ".join(

@@ -25,7 +25,7 @@ class RunSection(Section):
         pattern=NAME_PATTERN,
         max_length=255,
         description="Name of the run, which writes to the folder `<dir>/<name>/`. By default the "
-        "name of the YAML file.",
+        "name of the YAML file, or `run` without a file.",
     )
     dir: Text = Field(default="runs", description="Folder in which runs have their folders.")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from offload_adam.cli.app import app
 from offload_adam.config import RunConfig, json_schema, load_config
-from offload_adam.config.reference import _all_keys
+from offload_adam.config.reference import all_keys
 from offload_adam.config.validation import _known_keys
 from offload_adam.config.yaml_text import read_yaml
 
@@ -25,7 +25,7 @@ def command(*arguments: str) -> tuple[int, str]:
 
 
 def test_every_key_of_both_optimizers_has_a_description() -> None:
-    found = {key.path: key for key in _all_keys()}
+    found = {key.path: key for key in all_keys()}
     for tag in ("OffloadAdam", "Adam"):
         for section, name in _known_keys(tag):
             assert found[f"{section}.{name}".lstrip(".")].schema["description"], name
@@ -167,7 +167,7 @@ def test_the_help_names_every_key_in_lines_of_100_columns(name: str) -> None:
     assert all(len(line) <= 100 for line in output.splitlines())
     _, _, listed = output.partition("Keys of CONFIG")
     words = listed.replace(",", " ").replace(":", " ").split()
-    for key in _all_keys():
+    for key in all_keys():
         section, _, below = key.path.partition(".")
         assert section in words
         assert key.is_section or below in words
