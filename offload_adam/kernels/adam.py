@@ -412,8 +412,10 @@ def describe_formats(
     split_master: bool,
 ) -> str:
     """Describe the formats of a specialisation, for log lines."""
-    target = "the master itself" if param_format is None else param_format.value
-    formats = f"{gradient_format.value} -> {target}"
+    gradient = gradient_format.value
+    formats = (
+        f"in place, {gradient}" if param_format is None else f"{gradient} -> {param_format.value}"
+    )
     if state_format != "fp32":
         formats += f", {state_format} state"
     return formats + (", split master" if split_master else "")

@@ -76,7 +76,8 @@ class Adam(InspectableAdam):
         learning_rate: a number or a 0-d tensor; a 1-d tensor or an iterable with one value per
             step, read at construction; or a callable of the 0-based step, such as those of
             `offload_adam.schedules`. A step after the last value raises ValueError.
-        beta1, beta2: decay rates of m and v, floats in the open interval (0.0, 1.0).
+        beta1: decay rate of m, a float in the open interval (0.0, 1.0).
+        beta2: decay rate of v, a float in the open interval (0.0, 1.0).
         eps: a float above 0, added to the denominator.
         use_locking: has no effect, since calls from several threads always run one after another.
         use_nesterov: replace m in the last line by `beta1 * m + (1 - beta1) * g`. Not supported
@@ -93,8 +94,19 @@ class Adam(InspectableAdam):
         decay_norms: apply weight decay to the norm layers of `module` too.
         module: the model. It gives the parameters their names. With `use_offload`, gradients are
             also moved to the host during backward, as in the streaming mode of `OffloadAdam`.
-        max_grad_norm, process_group, gradient_reduction, reduce_dtype: as for `OffloadAdam`.
-        state_format, accumulate, overlap, defer, num_threads, offload, failures: the same.
+        max_grad_norm: clip the 2-norm of each step's gradients, over all parameters and averaged
+            over the ranks, to this value. None for no clipping.
+        process_group: ranks that share the state. None for the default group.
+        gradient_reduction: "optimizer" or "external", as for `OffloadAdam`: who averages gradients.
+        reduce_dtype: torch.float32 to average 16-bit gradients in fp32.
+        state_format: "fp32", "bf16", "mixed" or "int8", as for `OffloadAdam`.
+        accumulate: "auto", "host" or "error", as for `OffloadAdam`: how gradients of several
+            backwards of one step are summed while they leave `.grad`.
+        overlap: return from `step()` before the updates finish, as for `OffloadAdam`.
+        defer: allocate the state in the first `step()`.
+        num_threads: CPU threads of this rank's update, as for `OffloadAdam`.
+        offload: pinned memory, bucket size and more. See `OffloadPolicy`.
+        failures: seconds after which a rank counts as dead or hung. See `FailurePolicy`.
         **kwargs: `use_lazy` (default False): a sparse gradient updates only the rows that it
             touches. `use_offload` (default False): store the state sharded in host memory, instead
             of whole on every rank and on the parameter's device. It needs less GPU memory, but
