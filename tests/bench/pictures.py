@@ -1,12 +1,12 @@
-"""`python -m tests.bench.pictures`: draw the pictures of a report that the README shows.
+"""`python -m tests.bench.pictures`: draw the pictures of a report in docs/guides/profile.md.
 
-It profiles the README's example on two ranks, prints the lines that the README quotes, and draws
+It profiles the example of that page on two ranks, prints the lines that the page quotes, and draws
 charts of its `report.html` as PNG files, by the library that draws them in a browser. With
 `--report`, it draws the charts of a report that exists.
 
 All other pictures show measurements, which draw them with `--picture`: `tests.bench.convergence`
-and `tests.bench.tracking` those of docs/state_formats.md, and `tests.bench.table` the step times of
-`bench train`.
+and `tests.bench.tracking` those of docs/internals/state-formats.md, and `tests.bench.table` the
+step times of `bench train`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ EXAMPLE = (
     *("--train.gradient_accumulation_steps=1", "--train.num_steps=20", "--train.eval_every=0"),
     "--train.eval_sequences=2",
 )
-"""The command of the README, with an absolute path."""
+"""The command of that page, with an absolute path."""
 PICTURES = {"gantt": ("report-time.png", 5), "memory-0": ("report-memory.png", 4)}
 """File name and columns of the legend, by the key of a chart."""
 WIDTH, SCALE = 640, 2.0
@@ -51,7 +51,7 @@ def draw(spec: dict[str, Any], path: Path, num_columns: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Profile the example unless there is a report, and draw its pictures."""
-    parser = argparse.ArgumentParser(description="Draw the pictures of a report in the README.")
+    parser = argparse.ArgumentParser(description="Draw the pictures of docs/guides/profile.md.")
     parser.add_argument("--report", type=Path, help="a report.html that exists")
     parser.add_argument("--folder", type=Path, default=ROOT / "docs", help="where to write them")
     options = parser.parse_args(arguments)
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.report is None:
             run_two_ranks([*EXAMPLE, f"--run.dir={folder}"], ROOT, timeout_s=600.0)
         page = read_page(options.report or Path(folder) / "slow" / "report.html")
-    # What the README quotes.
+    # What the page quotes.
     for line in page.text.splitlines():
         if line.startswith(("A step takes", "Memory peaked", "Updates move")):
             print(line, end="\n\n")

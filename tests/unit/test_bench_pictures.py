@@ -1,4 +1,4 @@
-"""The pictures of the guide to profiles are drawn from a report, with all that it shows."""
+"""The pictures of docs/guides/profile.md are drawn from a report, with all that it shows."""
 
 from __future__ import annotations
 
@@ -32,9 +32,8 @@ def test_the_pictures_of_a_report_are_written(
 
 
 def test_the_example_is_that_of_the_guide() -> None:
-    guide = (ROOT / "docs" / "guides" / "profile.md").read_text(encoding="utf-8")
-    lines = guide.replace("\\\n", " ").splitlines()
-    line = next(line for line in lines if "profile configs/tiny.yaml" in line)
+    guide = (ROOT / "docs/guides/profile.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    line = next(line for line in guide.splitlines() if "profile configs/tiny.yaml" in line)
     _, _, command = line.partition("--nproc-per-node=2 ")
     example = [part.removeprefix(f"{ROOT}/") for part in pictures.EXAMPLE]
     assert example == shlex.split(command)
