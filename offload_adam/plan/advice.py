@@ -273,7 +273,8 @@ def _without_needless(
     for changes in list(chosen):
         names = {one: change.name for one, change in chosen.items()}
         smaller: list[str | None] = [None]  # first without it
-        for one in changes(setup, _ALL):
+        before = list(chosen.values())[: list(chosen).index(changes)]
+        for one in changes(before[-1].setup if before else setup, _ALL):
             if one.name == names[changes]:
                 break
             smaller.append(one.name)

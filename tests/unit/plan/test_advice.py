@@ -182,7 +182,7 @@ def test_weights_on_the_host_leave_a_share_of_state_on_the_gpu_without_meaning()
     """State in low precision needs `offload_fraction=1` first."""
     setup = setup_of(7 * 10**9, offload=OffloadPolicy(offload_fraction=0.5))
     setup = replace(setup, fsdp2=Fsdp2(offload_weights=True))
-    machine = Machine(host_nbytes=60 * GIB, device_nbytes=80 * GIB)
+    machine = Machine(host_nbytes=70 * GIB, device_nbytes=80 * GIB)
     together, nodes = advise(setup, machine)
     assert together.changes == ("offload_fraction=1", 'state_format="bf16"')
     assert nodes.changes == ("2 nodes (2 ranks)",)
