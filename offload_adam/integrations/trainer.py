@@ -15,8 +15,11 @@ to resume from. Only with save_strategy="best" is it written afterwards.
 
 from __future__ import annotations
 
+import logging
+import math
 import shutil
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,8 @@ from offload_adam.sharded_optimizer import ShardedOptimizer
 
 with explain_missing("transformers"):
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
 
 # In output_dir. Trainer does not upload names that begin with an underscore to the Hub.
 _PENDING = "_offload_adam_pending"
@@ -70,7 +75,7 @@ class OffloadAdamCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """Load the state if Trainer resumes.
+        """Load the state if Trainer resumes. Warn of arguments that the optimizer does not use.
 
         Raises:
             TypeError: Trainer has another optimizer.
@@ -84,6 +89,8 @@ class OffloadAdamCallback(TrainerCallback):
                 "not tell callbacks where it saves. Search without this callback, with "
                 "save_strategy='no'."
             )
+        if optimizer.ranks.rank == 0 and state.global_step == 0:
+            _warn_of_unused(args, optimizer)
         self._has_effect = not is_sharded(optimizer)
         if not self._has_effect:
             return
@@ -167,6 +174,38 @@ class OffloadAdamCallback(TrainerCallback):
     def _label(self, state: TrainerState) -> str:
         # The same on all ranks without a collective, because it is needed after every step.
         return f"{self._run}-{state.global_step}"
+
+
+def _warn_of_unused(args: TrainingArguments, optimizer: ShardedOptimizer) -> None:
+    """Warn of hyperparameters in `args` that no parameter group has.
+
+    Trainer passes only the dict of `optimizer_cls_and_kwargs` to the optimizer. After a resume
+    there is nothing to compare, because the groups have the values of the checkpoint.
+    """
+    defaults = {field.name: field.default for field in fields(args)}  # also those of a subclass
+    groups = optimizer.param_groups
+    used = {
+        # A scheduler has already changed "lr", and keeps the first one.
+        "learning_rate": [group.get("initial_lr", group["lr"]) for group in groups],
+        "adam_beta1": [group["betas"][0] for group in groups],
+        "adam_beta2": [group["betas"][1] for group in groups],
+        "adam_epsilon": [group["eps"] for group in groups],
+    }
+    unused = [
+        f"{name}={wanted!r} (the optimizer has {', '.join(dict.fromkeys(map(str, found)))})"
+        for name, found in used.items()
+        if (wanted := getattr(args, name)) != defaults[name]
+        # A group may have a value of its own, and tensors may round them.
+        and not any(math.isclose(value, wanted, rel_tol=1e-6) for value in found)
+    ]
+    if unused:
+        logger.warning(
+            "The optimizer does not use %s of TrainingArguments. Put lr, betas and eps into the "
+            "dict of optimizer_cls_and_kwargs, such as (OffloadAdamW, {'lr': %s, 'betas': (%s, "
+            "%s), 'eps': %s}).",
+            ", ".join(unused),
+            *(args.learning_rate, args.adam_beta1, args.adam_beta2, args.adam_epsilon),
+        )
 
 
 def _move(optimizer: ShardedOptimizer, folder: Path, checkpoint: Path) -> None:

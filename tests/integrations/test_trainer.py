@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -338,6 +339,62 @@ def test_another_optimizer_is_rejected(tmp_path: Path) -> None:
     trainer = make_trainer(1, tmp_path, Run("torch"), more=(OffloadAdamCallback(),))
     with pytest.raises(TypeError, match=r"Trainer has the optimizer AdamW"):
         trainer.train()
+
+
+UNUSED = {"learning_rate": 3e-5, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6}
+USED = {"lr": 3e-5, "betas": (0.8, 0.95), "eps": 1e-6}
+
+
+def warnings_of(folder: Path, caplog: pytest.LogCaptureFixture, run: Run, **given: Any) -> str:
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "offload_adam"):
+        train(0, 1, folder, run, **given)
+    return caplog.text
+
+
+def test_arguments_that_the_optimizer_does_not_use_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(arguments={**UNUSED, "warmup_steps": 2})
+    text = warnings_of(tmp_path, caplog, run)
+    assert text.count("The optimizer does not use") == 1
+    for words in (
+        "learning_rate=3e-05 (the optimizer has 0.01)",
+        "adam_beta1=0.8 (the optimizer has 0.9)",
+        "adam_beta2=0.95 (the optimizer has 0.999)",
+        "adam_epsilon=1e-06 (the optimizer has 0.01)",
+        "{'lr': 3e-05, 'betas': (0.8, 0.95), 'eps': 1e-06}",
+    ):
+        assert words in text
+    # The groups of a resumed run have the values of the checkpoint, which the dict cannot change.
+    assert "does not use" not in warnings_of(tmp_path, caplog, run, resume="checkpoint-3")
+    one = Run(options=USED, arguments={**UNUSED, "adam_beta2": 0.9})
+    text = warnings_of(tmp_path, caplog, one)
+    assert "does not use adam_beta2=0.9 (the optimizer has 0.95) of TrainingArguments" in text
+
+
+def test_arguments_that_the_optimizer_uses_or_that_are_defaults_are_not_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # With warmup, the scheduler has changed the lr to 0 before the training begins.
+    for run in (Run(), Run(options=USED, arguments={**UNUSED, "warmup_steps": 2})):
+        assert "does not use" not in warnings_of(tmp_path, caplog, run)
+
+
+def test_an_argument_that_one_group_uses_is_not_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(1, tmp_path, Run(arguments={"learning_rate": 0.02}))
+    model = trainer.model
+    groups = [
+        {"params": list(model.transformer.wte.parameters()), "lr": 0.02},
+        {"params": [p for n, p in model.named_parameters() if "wte" not in n], "lr": 0.1},
+    ]
+    trainer.optimizer_cls_and_kwargs = None
+    trainer.optimizer = OffloadAdamW(groups)
+    with caplog.at_level(logging.WARNING, "offload_adam"):
+        trainer.train()
+    assert "does not use" not in caplog.text
 
 
 def test_folders_of_the_user_stay(tmp_path: Path) -> None:
