@@ -88,7 +88,7 @@ def load_apart(
     Args:
         model: as in `save_apart`. It has been loaded already.
         parents: folders to search, in this order.
-        remedy: what else to do if no folder has the state, for the error message.
+        remedy: what to try first if no folder has the state, for the error message.
 
     Raises:
         CheckpointError: on every rank. No folder has the state, or it cannot be loaded. The
@@ -108,10 +108,11 @@ def _find(label: str, parents: Sequence[Path], remedy: str) -> Path:
             return folder
     others = sorted(str(path) for parent in parents for path in parent.glob(f"{_PREFIX}*"))
     hint = f" These folders hold the state of other saves: {', '.join(others)}." if others else ""
+    copy = f"{remedy} Otherwise copy" if remedy else "Copy"
     raise CheckpointError(
         f"The optimizer state is in a folder named {_PREFIX}{label}, which is in none of "
-        f"{', '.join(map(str, parents))}.{hint} Copy a checkpoint with all of its folders, and "
-        f"resume from the copy. {remedy}".rstrip()
+        f"{', '.join(map(str, parents))}.{hint} {copy} a checkpoint with all of its folders, and "
+        "resume from the copy."
     )
 
 

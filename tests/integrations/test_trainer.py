@@ -272,7 +272,10 @@ def test_a_moved_checkpoint_is_found(tmp_path: Path) -> None:
     whole = train(0, 1, tmp_path / "old", Run())
     (tmp_path / "kept").mkdir()
     moved = (tmp_path / "old" / "checkpoint-3").rename(tmp_path / "kept" / "good")
-    expected = r"none of .*checkpoint-3.* OffloadAdamCallback\(checkpoint=path\)"
+    expected = (
+        r"none of .*checkpoint-3.*\. If the checkpoint was moved or renamed, pass its path to the "
+        r"callback: OffloadAdamCallback\(checkpoint=path\)\. Otherwise copy a checkpoint with all "
+    )
     with pytest.raises(CheckpointError, match=expected):
         train(0, 1, tmp_path / "kept", Run(), resume="good")
     named = Run(arguments={"resume_from_checkpoint": str(moved)})
@@ -292,7 +295,7 @@ def test_a_run_resumes_in_another_output_dir_and_after_this_was_moved(tmp_path: 
 def test_a_checkpoint_without_its_state_is_rejected(tmp_path: Path) -> None:
     train(0, 1, tmp_path, Run())
     shutil.rmtree(states_in(tmp_path / "checkpoint-3")[0])
-    with pytest.raises(CheckpointError, match=r"Copy a checkpoint with all of its folders"):
+    with pytest.raises(CheckpointError, match=r"Otherwise copy a checkpoint with all"):
         train(0, 1, tmp_path, Run(), resume="checkpoint-3")
 
 
