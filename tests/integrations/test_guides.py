@@ -6,6 +6,7 @@ docs/guides/ddp.md have one block each.
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import socket
@@ -20,6 +21,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import offload_adam
+from offload_adam import integrations
 from tests.integrations.language_model import forget_accelerator
 
 GUIDES = Path(__file__).parents[2] / "docs/guides"
@@ -108,6 +111,24 @@ def test_a_guide_runs_in_one_process(
         torch.set_num_threads(num_threads)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("guide", CHECKS)
+def test_a_guide_imports_all_names_but_the_model_and_the_data(guide: str) -> None:
+    """Its code is often copied alone."""
+    text = (GUIDES / f"{guide}.md").read_text("utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    nodes = list(ast.walk(ast.parse(code)))
+    imported = {
+        name.asname or name.name.partition(".")[0]
+        for node in nodes
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in node.names
+    }
+    used = {node.id for node in nodes if isinstance(node, ast.Name)}
+    used &= {"torch", *offload_adam.__all__, *integrations.__all__}
+    assert "OffloadAdamW" in used
+    assert used <= imported
 
 
 @pytest.mark.slow
