@@ -42,6 +42,7 @@ extensions = [
 ]
 exclude_patterns = ["_build", "reference/generated"]
 html_theme = "furo"
+smartquotes = False  # would change --option and "text" on the pages
 html_title = f"offload_adam {version}"
 html_show_sphinx = False
 copybutton_exclude = ".linenos, .gp, .go"  # copy commands without the prompt and their output
