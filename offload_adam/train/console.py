@@ -18,6 +18,8 @@ from offload_adam.units import format_count
 
 # Seconds between two lines in a log file: progress is visible, and an hour has at most 720 lines.
 _LINE_EVERY_S = 5.0
+# train.num_steps of configs/quickstart.yaml.
+_QUICKSTART_STEPS = 500
 WIDTH = 100
 """Columns of the line of a step."""
 
@@ -153,7 +155,7 @@ def compare_with_bigram(
     if tokens < training_tokens:
         share = 100 * tokens / training_tokens
         yield f"The run was short: {seen}, {share:.2g}% of the training text."
-        longer = f"--train.num_steps={10 * num_steps}"
-        yield f"Train longer, with {longer}, or run configs/quickstart.yaml."
+        other = ", or run configs/quickstart.yaml" if num_steps < _QUICKSTART_STEPS else ""
+        yield f"Train longer, with --train.num_steps={10 * num_steps}{other}."
     else:
         yield f"The run was not short: {seen}. Change optimizer.lr or model.sizes."

@@ -305,6 +305,13 @@ def test_a_step_takes_one_line_of_100_columns(
     assert len(line) <= 100
 
 
+def test_only_a_run_shorter_than_the_quickstart_is_told_to_run_it() -> None:
+    steps = load_config(Path(__file__).parents[2] / "configs" / "quickstart.yaml").train.num_steps
+    for num_steps, other in ((steps - 1, ", or run configs/quickstart.yaml"), (steps, "")):
+        *_, last = compare_with_bigram(3.0, 2.5, num_steps, 20_480, 9_900_000)
+        assert last == f"Train longer, with --train.num_steps={10 * num_steps}{other}."
+
+
 @pytest.mark.parametrize(
     ("val_loss", "tokens", "lines"),
     [
