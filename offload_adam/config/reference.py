@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from offload_adam.config.mistakes import ConfigError, Mistake
 from offload_adam.config.sections import RunConfig
 from offload_adam.config.validation import PATTERNS, nearest_keys
+from offload_adam.printable import printable
 
 WIDTH = 100
 """Columns of a line."""
@@ -30,6 +31,9 @@ _BOUNDS = {
     "exclusiveMaximum": "below",
     "maximum": "at most",
 }
+
+# Bounds that only say that a value has 64 bits, as "at most" and as "below".
+_LARGEST = (2**63 - 1, 2**63)
 
 
 class Key(NamedTuple):
@@ -88,7 +92,7 @@ def explain_key(path: str) -> str:
             problem += f"; did you mean {' or '.join(nearest)}?"
         else:
             problem += f"; the sections are {', '.join(RunConfig.model_fields)}"
-        raise ConfigError("--explain", [Mistake(path, problem)])
+        raise ConfigError("--explain", [Mistake(printable(path, WIDTH), problem)])
     if len(found) > 1 and all(key.schema == found[0].schema for key in found):
         found = [found[0]._replace(condition="")]  # both optimizers have this key
     keys = [one for key in found for one in (key, *_below_section(key))]
@@ -179,5 +183,7 @@ def allowed_by(schema: Mapping[str, Any]) -> str:
     if schema.get("pattern") in PATTERNS:
         return PATTERNS[schema["pattern"]]
     return " and ".join(
-        f"{words} {schema[key]:,}" for key, words in _BOUNDS.items() if key in schema
+        f"{words} {schema[key]:,}"
+        for key, words in _BOUNDS.items()
+        if key in schema and schema[key] not in _LARGEST
     )
