@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,7 +76,7 @@ def inspect(
 ) -> None:
     """List the contents of a checkpoint. Reads only its manifest.
 
-    Names are never cut: a terminal wraps them, a file or a pipe gets long lines.
+    Names are never cut. A terminal and COLUMNS wrap them; else a file or a pipe gets long lines.
 
     Exit codes: 0 done, 1 damaged or not a checkpoint.
     """
@@ -130,10 +131,20 @@ def _print_contents(values: dict[str, Any]) -> None:
     from offload_adam.printable import MAX_MESSAGE_LENGTH, printable
     from offload_adam.units import format_count, format_nbytes
 
-    title = f"step {values['step']}, saved by {values['world_size']} rank(s)"
+    total = values["total"]
+    typer.echo(f"step {values['step']}, saved by {values['world_size']} rank(s)")
+    for state_format, count in values["state_formats"].items():
+        typer.echo(f"state_format {state_format!r}: the state of {count} parameter(s)")
+    typer.echo(
+        f"total: {total['tensors']} tensor(s), {format_count(total['elements'])} elements, "
+        f"{format_nbytes(total['nbytes'])}"
+    )
+    if extra := values["extra"]:
+        typer.echo(f"extra: {printable(', '.join(extra), MAX_MESSAGE_LENGTH)}")
     # Two names may differ at their ends only: wrap them, where rich would cut them.
-    names = Column("tensor", overflow="fold")
-    table = Table(names, "dtype", "shape", "pieces", "size", title=title)
+    table = Table(Column("tensor", overflow="fold"))
+    for title in ("dtype", "shape", "pieces", "size"):
+        table.add_column(title, no_wrap=True)  # so that names alone are wrapped
     for name, entry in values["tensors"].items():
         table.add_row(
             # As Text, since rich would read [bold] in a string as markup.
@@ -146,18 +157,9 @@ def _print_contents(values: dict[str, Any]) -> None:
     for name, kind in values["values"].items():
         table.add_row(Text(printable(name, MAX_MESSAGE_LENGTH)), f"({kind})", "", "", "")
     console = Console()
-    if not console.is_terminal:
+    if not console.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
         console.width = _WIDTH_OF_A_FILE  # each name on one line, so that grep finds it
     console.print(table)
-    total = values["total"]
-    typer.echo(
-        f"total: {total['tensors']} tensor(s), {format_count(total['elements'])} elements, "
-        f"{format_nbytes(total['nbytes'])}"
-    )
-    for state_format, count in values["state_formats"].items():
-        typer.echo(f"state_format {state_format!r}: the state of {count} parameter(s)")
-    if extra := values["extra"]:
-        typer.echo(f"extra: {printable(', '.join(extra), MAX_MESSAGE_LENGTH)}")
 
 
 @checkpoint_app.command("export")

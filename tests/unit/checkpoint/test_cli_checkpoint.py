@@ -68,7 +68,7 @@ def test_inspect_shows_keys_of_any_type(saved: Path) -> None:
     (saved / MANIFEST_NAME).write_text(sealed(values))
     code, output = command("inspect", str(saved))
     assert code == 0
-    assert output.rstrip().endswith(", 5, epoch")
+    assert ", 5, epoch\n" in output
 
 
 def test_verify_names_the_damaged_bytes(saved: Path) -> None:
@@ -139,18 +139,51 @@ def test_a_long_name_is_not_quoted_whole(tmp_path: Path) -> None:
     assert len(output) < 4200
 
 
-def test_inspect_wraps_names_in_a_narrow_terminal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_terminal", [True, False])
+@pytest.mark.parametrize("width", [80, 100])
+def test_inspect_wraps_names_in_a_terminal_and_where_columns_are_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, is_terminal: bool
 ) -> None:
-    model = torch.nn.ModuleDict({"a_long_name_" * 4: torch.nn.Linear(4, 3)})
+    model = torch.nn.ModuleDict({"a_long_name_" * 8: torch.nn.Linear(400, 300)})
     save_checkpoint(tmp_path / "c", model=model, optimizer=OffloadAdam(model.parameters()))
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes a pipe for a terminal
+    monkeypatch.setenv("COLUMNS", str(width))
+    if is_terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes a pipe for a terminal
     _, output = command("inspect", str(tmp_path / "c"))
     output = re.sub(r"\x1b\[[\d;]*m", "", output)
-    cells = "".join(line.split("│")[1].strip() for line in output.splitlines() if "│" in line)
-    assert "a_long_name_" * 4 + ".weight/exp_avg_sq" in cells
-    assert all(len(line) <= 80 for line in output.splitlines())
+    assert all(len(line) <= width for line in output.splitlines())
+    rows = [[c.strip() for c in line.split("│")[1:-1]] for line in output.splitlines()]
+    names: list[str] = []
+    cells: list[list[str]] = []
+    for name, *others in filter(None, rows):
+        if others[0]:  # a new tensor, otherwise the rest of a name
+            names.append("")
+            cells.append(others)
+        names[-1] += name
+    bias, weight = ["F32", "300", "1", "1.17 KiB"], ["F32", "300 x 400", "1", "468.75 KiB"]
+    assert cells == [bias, weight, bias, bias, weight, weight]
+    layer = "a_long_name_" * 8
+    assert names == [
+        *(f"model/{layer}.{name}" for name in ("bias", "weight")),
+        *(
+            f"optimizer/{layer}.{name}/{kind}"
+            for name in ("bias", "weight")
+            for kind in ("exp_avg", "exp_avg_sq")
+        ),
+    ]
+
+
+def test_inspect_begins_with_a_summary(tmp_path: Path) -> None:
+    model = torch.nn.Linear(4, 3)
+    optimizer = OffloadAdam(model.parameters(), state_format="bf16")
+    save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer, extra={"epoch": 3})
+    _, output = command("inspect", str(tmp_path / "c"))
+    first, second, third, fourth, line, *_ = output.splitlines()
+    assert first == "step 0, saved by 1 rank(s)"
+    assert second == "state_format 'bf16': the state of 1 parameter(s)"
+    assert re.fullmatch(r"total: \d+ tensor\(s\), \d+ elements, \d+ B", third)
+    assert fourth == "extra: epoch"
+    assert line.startswith("┏")
 
 
 def test_inspect_writes_each_name_on_one_line_of_a_pipe(
@@ -158,7 +191,7 @@ def test_inspect_writes_each_name_on_one_line_of_a_pipe(
 ) -> None:
     model = torch.nn.ModuleDict({"a_long_name_" * 10: torch.nn.Linear(4, 3)})
     save_checkpoint(tmp_path / "c", model=model, optimizer=OffloadAdam(model.parameters()))
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("COLUMNS", raising=False)
     _, output = command("inspect", str(tmp_path / "c"))
     names = [line.split("│")[1].strip() for line in output.splitlines() if "│" in line]
     layer = "a_long_name_" * 10
