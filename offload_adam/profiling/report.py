@@ -22,6 +22,8 @@ from offload_adam.profiling.profile import RankProfile, steps_of
 from offload_adam.profiling.timelines import gantt, split
 from offload_adam.units import format_nbytes
 
+MAX_BUCKETS = 500
+"""Rows of the table of buckets, to keep the file small."""
 TOLERANCE = 0.02
 """Measured bytes that differ more than this from the predicted ones are marked."""
 
@@ -178,10 +180,11 @@ def _bytes_table(inputs: ReportInputs, peak: Peak) -> str:
 def _buckets_table(buckets: Mapping[int, Mapping[str, int]]) -> str:
     """Return the table of the bytes of each bucket, which are constant over the run."""
     names = list(dict.fromkeys(name for held in buckets.values() for name in held))
-    rows = [
-        [str(n), *(_shown(held.get(name)) for name in names)] for n, held in sorted(buckets.items())
-    ]
-    return _table([["bucket", *names], *rows])
+    largest = sorted(buckets, key=lambda n: (-sum(buckets[n].values()), n))[:MAX_BUCKETS]
+    rows = [[str(n), *(_shown(buckets[n].get(name)) for name in names)] for n in sorted(largest)]
+    num_left_out = len(buckets) - len(rows)
+    note = f"<p>The {num_left_out:,} smallest buckets are left out.</p>" if num_left_out else ""
+    return _table([["bucket", *names], *rows]) + note
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

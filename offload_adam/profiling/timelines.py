@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from offload_adam.profiling.charts import ZOOM, Chart, Spec, chosen_in_legend, colored, number, spec
 from offload_adam.profiling.exposed import exposed_spans
 from offload_adam.profiling.glossary import GLOSSARY
-from offload_adam.profiling.phases import COLORS, EXPOSED, STEP
+from offload_adam.profiling.phases import COLORS, EXPOSED, LATE, STEP
 from offload_adam.profiling.profile import (
     RankProfile,
     inside_steps,
@@ -20,6 +20,8 @@ from offload_adam.spans import NO_BUCKET, Span
 
 MAX_BARS = 1_800
 """Of one step: the shortest spans of a step on many ranks are left out, to keep the file small."""
+MAX_RANKS = 64
+"""Of the mean step: the ranks that wait for others are left out first."""
 _ROW_HEIGHT = 40  # pixels
 _TRAINING = ": training"
 
@@ -159,23 +161,31 @@ def _longest(rows: Mapping[str, Sequence[Span]]) -> tuple[dict[str, list[Span]],
 
 def split(profiles: Sequence[RankProfile]) -> Chart:
     """Draw the mean milliseconds a step of each phase, one after another, for each rank."""
-    rows: dict[str, list[Span]] = {}
+    means: dict[int, list[Span]] = {}
+    late_ns: dict[int, int] = {}
     for profile in profiles:
         steps = inside_steps(profile.spans)
         totals_ns: Counter[str] = Counter()
         for _, inside in steps:
             for span, own_ns in self_times_ns(inside):
                 totals_ns["other" if span.name == STEP else span.name] += own_ns
-        row = rows.setdefault(f"rank {profile.rank}", [])
+        row = means.setdefault(profile.rank, [])
+        late_ns[profile.rank] = totals_ns[LATE] // max(1, len(steps))
         now_ns = 0
         for name, total_ns in totals_ns.items():
             end_ns = now_ns + total_ns // len(steps)
             row.append(Span(name, NO_BUCKET, "", now_ns, end_ns))
             now_ns = end_ns
+    # The rank that others wait for waits least itself.
+    drawn = set(sorted(means, key=late_ns.__getitem__)[:MAX_RANKS])
+    num_left_out = len(means) - len(drawn)
     caption = (
         "Mean time of the training thread in each phase. "
         "Time in a nested phase counts only for the inner one."
     )
+    if num_left_out:
+        caption += f" The {num_left_out:,} ranks that wait longest for late ranks are left out."
+    rows = {f"rank {rank}": row for rank, row in means.items() if rank in drawn}
     title = "Where a step goes"
     bars = _bars(title, rows, "mean time of a step, ms", "rank")
     return Chart("split", title, caption, bars)

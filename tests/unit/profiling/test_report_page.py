@@ -15,8 +15,8 @@ from offload_adam.layout.budget import Category
 from offload_adam.profiling.glossary import GLOSSARY
 from offload_adam.profiling.phases import COLORS, LATE
 from offload_adam.profiling.profile import RankProfile
-from offload_adam.profiling.report import ReportInputs, write_report
-from offload_adam.profiling.timelines import MAX_BARS
+from offload_adam.profiling.report import MAX_BUCKETS, ReportInputs, write_report
+from offload_adam.profiling.timelines import MAX_BARS, MAX_RANKS
 from offload_adam.spans import RANGES, Span
 from tests.support.report_page import Page, bars, drawn, read_page, values_of
 from tests.unit.profiling.synthetic import MS, NUM_STEPS, PHASES, profile
@@ -169,6 +169,35 @@ def test_a_long_run_on_many_ranks_keeps_its_peak_and_stays_small(tmp_path: Path)
     steps = [row["step"] for row in page.specs["loss"]["data"]["values"]]
     assert (len(steps), steps[-1]) == (1000, 50_000)
     assert "Every 50th step is drawn" in page.text
+
+
+def test_many_ranks_and_buckets_are_cut_to_those_that_matter(tmp_path: Path) -> None:
+    many = []
+    for rank in range(1024):
+        # All ranks but 999 wait for 9 ms; the step has the same length everywhere.
+        waits, works = (0, 19) if rank == 999 else (9, 10)
+        names = {"forward": works, LATE: waits, **{f"phase {i}": 1 for i in range(20)}}
+        many.append(replace(profile(rank, names), samples=[]))
+    columns = [f"category {i} on cuda:0" for i in range(8)]
+    held = {number: dict.fromkeys(columns, 2**20 + number) for number in range(20_000)}
+    page = written(tmp_path, many, buckets=held)
+    assert (tmp_path / "report.html").stat().st_size < MAX_NBYTES
+    rows = {bar["row"] for bar in page.specs["split"]["layer"][0]["data"]["values"]}
+    assert rows == {"rank 999", *(f"rank {rank}" for rank in range(MAX_RANKS - 1))}
+    assert "The 960 ranks that wait longest for late ranks are left out." in page.text
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    numbers = [int(n) for n in re.findall(r"<tr><td>(\d+)</td>", text)]
+    assert numbers == list(range(20_000 - MAX_BUCKETS, 20_000))
+    assert "The 19,500 smallest buckets are left out." in page.text
+
+
+def test_few_ranks_and_buckets_are_all_named(tmp_path: Path) -> None:
+    ranks = [profile(rank) for rank in range(MAX_RANKS)]
+    held = {number: {"state": 5} for number in range(MAX_BUCKETS)}
+    page = written(tmp_path, ranks, buckets=held)
+    rows = {bar["row"] for bar in page.specs["split"]["layer"][0]["data"]["values"]}
+    assert len(rows) == MAX_RANKS
+    assert "left out" not in page.specs["split"]["description"] + page.text
 
 
 def test_a_name_cannot_end_its_script(tmp_path: Path) -> None:
