@@ -11,6 +11,7 @@ from typing import Any
 
 from offload_adam.errors import MissingExtraError
 from offload_adam.integrations.missing import how_to_install
+from offload_adam.printable import printable
 from offload_adam.profiling.charts import Chart
 from offload_adam.profiling.curves import loss, memory
 from offload_adam.profiling.diagnosis import Diagnosis
@@ -68,16 +69,16 @@ def write_report(inputs: ReportInputs, path: Path) -> None:
             f"report.html needs vl-convert-python: {how_to_install('report')}"
         ) from error
     sections = [
-        f"<h2>{html.escape(chart.title)}</h2><p>{html.escape(chart.caption)}</p>"
+        f"<h2>{_escaped(chart.title)}</h2><p>{_escaped(chart.caption)}</p>"
         f'<div class="chart" id="chart-{chart.key}"></div>'
         f'<script type="application/json" id="spec-{chart.key}">{_json(chart.spec)}</script>'
         for chart in _charts(inputs)
     ]
     diagnosis, peaks = inputs.diagnosis, peaks_of(inputs.profiles)
     page = _PAGE.format(
-        title=html.escape(inputs.title),
-        sentence=html.escape(diagnosis.sentence if diagnosis else "No whole step was recorded."),
-        notes="\n".join(f"<p>{html.escape(note)}</p>" for note in _notes(inputs, peaks)),
+        title=_escaped(inputs.title),
+        sentence=_escaped(diagnosis.sentence if diagnosis else "No whole step was recorded."),
+        notes="\n".join(f"<p>{_escaped(note)}</p>" for note in _notes(inputs, peaks)),
         tables="\n".join(_bytes_table(inputs, peak) for peak in peaks) or "<p>Not sampled.</p>",
         buckets=_buckets_table(inputs.buckets),
         charts="\n".join(sections),
@@ -106,12 +107,17 @@ def _json(spec: Mapping[str, Any]) -> str:
     return json.dumps(spec, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
+def _escaped(text: str) -> str:
+    """Return text for the page, also of bytes that are no UTF-8, such as those of a file's name."""
+    return html.escape(printable(text))
+
+
 def _definitions(meanings: Mapping[str, str]) -> str:
     """Return a list of names with their meanings, phases with their color."""
     items = []
     for name, meaning in meanings.items():
         color = f' style="border-color: {COLORS[name]}"' if name in COLORS else ""
-        items.append(f"<dt{color}>{html.escape(name)}</dt><dd>{html.escape(meaning)}</dd>")
+        items.append(f"<dt{color}>{_escaped(name)}</dt><dd>{_escaped(meaning)}</dd>")
     return f"<dl>{''.join(items)}</dl>"
 
 
@@ -188,7 +194,7 @@ def _buckets_table(buckets: Mapping[int, Mapping[str, int]]) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    lines = ["".join(f"<td>{_escaped(cell)}</td>" for cell in row) for row in rows]
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 

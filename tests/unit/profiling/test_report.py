@@ -133,6 +133,24 @@ def test_the_report_names_ranks_that_lost_spans(tmp_path: Path) -> None:
     assert "latest spans of rank(s) 1." in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+def test_text_that_is_no_utf_8_is_escaped(tmp_path: Path) -> None:
+    name = "\udcff.yaml"  # how Python reads a file's name with the byte 0xFF
+    held = {f"state {name}": 5}
+    environment = {"Command": f"profile {name}", name: "x"}
+    changes = {"environment": environment, "predicted": held, "buckets": {0: held}}
+    profiles = [replace(one, peaks=held) for one in PROFILES]
+    spans = [s._replace(name=name) if s.name == "gather" else s for s in PROFILES[0].spans]
+    profiles[0] = replace(profiles[0], spans=spans)
+    write_report(
+        inputs(title=f"Profile of {name}", profiles=profiles, **changes), tmp_path / "report.html"
+    )
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    shown = r"\udcff.yaml"
+    for text in (f"<h1>Profile of {shown}</h1>", f"<dd>profile {shown}</dd>", f"<dt>{shown}</dt>"):
+        assert text in page
+    assert page.count(f"<td>state {shown}</td>") == 2  # of the peak, and of the buckets
+
+
 def test_without_the_extra_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     with pytest.raises(MissingExtraError, match=re.escape(how_to_install("report"))):
