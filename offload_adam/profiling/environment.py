@@ -16,6 +16,7 @@ import torch
 
 from offload_adam.version import __version__
 
+_WITHOUT_HOOKS = ("-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null")
 _PACKAGES = ("torch", "numba", "numpy")
 
 
@@ -47,9 +48,11 @@ def describe_environment(
 def commit_of(folder: Path) -> str:
     """Return the Git commit of a folder, "" if it has none.
 
-    A `+` follows if tracked files differ from the commit.
+    A `+` follows if tracked files differ from the commit. The repository's hooks and file monitor
+    do not run.
     """
-    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=12", "--dirty=+"]
+    command = ["git", "--no-optional-locks", "-C", str(folder), *_WITHOUT_HOOKS]
+    command += ["describe", "--always", "--abbrev=12", "--dirty=+"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
