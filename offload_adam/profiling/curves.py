@@ -141,7 +141,23 @@ def _areas(
     return spec(title, layers, 320, datasets={"areas": list(areas)})
 
 
-def _finite(value: Any) -> float | None:
+def readable(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the records that `loss` can draw. A killed process may have left damaged ones."""
+    return [
+        record
+        for record in records
+        if _is_int(record.get("step"))
+        and (isinstance(value := record.get("loss", ""), float) or _is_int(value) or value is None)
+        and type(record.get("skipped")) is bool
+    ]
+
+
+def _is_int(value: object) -> bool:
+    """Return whether a value of JSON is a whole number of 64 bits."""
+    return type(value) is int and abs(value) < 2**63
+
+
+def _finite(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
@@ -159,7 +175,11 @@ def _smoothed(losses: Iterable[float | None], num_steps: int) -> Iterator[float 
 
 
 def loss(records: Sequence[Mapping[str, Any]]) -> Chart:
-    """Draw the loss and its moving average, with a mark at each skipped step."""
+    """Draw the loss and its moving average, with a mark at each skipped step.
+
+    Args:
+        records: at least one, of those that are `readable`.
+    """
     window = max(5, round(_SMOOTHED_SHARE * len(records)))
     losses = [_finite(record["loss"]) for record in records]
     rows = [

@@ -13,7 +13,7 @@ from offload_adam.errors import MissingExtraError
 from offload_adam.integrations.missing import how_to_install
 from offload_adam.printable import printable
 from offload_adam.profiling.charts import Chart
-from offload_adam.profiling.curves import loss, memory
+from offload_adam.profiling.curves import loss, memory, readable
 from offload_adam.profiling.diagnosis import Diagnosis
 from offload_adam.profiling.glossary import GLOSSARY
 from offload_adam.profiling.lateness import with_late_ranks
@@ -33,7 +33,7 @@ TOLERANCE = 0.02
 class ReportInputs:
     """The content of the report.
 
-    records: the lines of `metrics.jsonl`.
+    records: the lines of `metrics.jsonl`. Damaged ones are skipped.
     profiles: of all ranks, by rank.
     predicted: bytes by category of rank 0's ledger; they are the same for each rank.
     update_gb_per_s: bandwidth of rank 0's updates, None if it is not known.
@@ -98,8 +98,8 @@ def _charts(inputs: ReportInputs) -> Iterator[Chart]:
         yield split(divided)
     if profiles and profiles[0].samples:
         yield from memory(profiles[0], inputs.predicted)
-    if inputs.records:
-        yield loss(inputs.records)
+    if records := readable(inputs.records):
+        yield loss(records)
 
 
 def _json(spec: Mapping[str, Any]) -> str:

@@ -171,6 +171,28 @@ def test_a_long_run_on_many_ranks_keeps_its_peak_and_stays_small(tmp_path: Path)
     assert "Every 50th step is drawn" in page.text
 
 
+WRONG: dict[str, list[Any]] = {
+    "loss": [10**400, "x", [], {}, True],
+    "step": [10**400, "x", None, 1.5, True],
+    "skipped": ["x", None],
+}
+DAMAGED: list[dict[str, Any]] = [
+    *({**records(1.0)[0], key: value} for key, values in WRONG.items() for value in values),
+    *({"loss": 1.0, "skipped": False}, {"step": 2, "skipped": False}, {"step": 2, "loss": 1.0}),
+    {},
+]
+
+
+def test_damaged_records_are_skipped(tmp_path: Path) -> None:
+    whole = records(5.0, 4.0, NAN, 3.0)
+    mixed = [record for one in whole for record in (*DAMAGED, one)]
+    page = written(tmp_path, [profile(0)], records=[*mixed, *DAMAGED])
+    expected = written(tmp_path, [profile(0)], records=whole)
+    assert page.specs["loss"] == expected.specs["loss"]
+    assert "1 of 4 steps were skipped" in page.text
+    assert "loss" not in written(tmp_path, [profile(0)], records=DAMAGED).charts
+
+
 def test_many_ranks_and_buckets_are_cut_to_those_that_matter(tmp_path: Path) -> None:
     many = []
     for rank in range(1024):
