@@ -12,6 +12,7 @@ start the run again:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,9 +20,13 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from pathlib import Path
 
+import psutil
+from torch.distributed.elastic import metrics
+from torch.distributed.elastic.metrics import MetricData, MetricHandler
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
@@ -32,6 +37,8 @@ SENTENCES = {
     2: f"the configuration was rejected: correct it and {AGAIN}",
     3: "the job does not fit into memory: `offload-adam plan CONFIG` shows what needs how much",
 }
+GRACE_S = 15.0
+"""Seconds for the ranks of other machines to end after those of this machine."""
 
 
 def run(arguments: list[str], folder: Path) -> tuple[int, str]:
@@ -88,22 +95,79 @@ def describe_end(outcome_file: Path) -> tuple[int, str]:
     return preempted_code, f"{ended} and can be resumed: {AGAIN}"
 
 
-def end_preempted(folder: Path, is_over: threading.Event) -> None:
+class GroupWatch(MetricHandler):
+    """Sets `succeeded` once all ranks of this machine have ended without an error.
+
+    torchrun then waits for the other machines. It reports the state of its ranks as metrics, such
+    as workers.default.succeeded. Only this tells that wait from a restart, where no rank runs
+    either.
+    """
+
+    def __init__(self) -> None:
+        self.succeeded = threading.Event()
+
+    def emit(self, metric_data: MetricData) -> None:
+        """Read a metric of torchrun."""
+        if metric_data.name.startswith("workers.") and metric_data.name.endswith(".succeeded"):
+            self.succeeded.set()
+
+
+def end_preempted(folder: Path, watch: GroupWatch, is_over: threading.Event) -> None:
     """End this process soon after a signal to another machine has ended its ranks.
 
     torchrun would wait 300 s for the processes like this one on all other machines. But one that
     gets a signal ends without telling the others, and a signal does not interrupt the wait.
+
+    If ranks of this machine do not end, they are killed TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds
+    after local rank 0 has written the outcome.
     """
     outcome_file = folder / "outcome.json"
-    while not outcome_file.exists():
-        if is_over.wait(1):
-            return
-    # Meanwhile the other ranks of this machine end, and usually this process.
-    if is_over.wait(15) or not json.loads(outcome_file.read_text(encoding="utf-8"))["preempted"]:
-        return
-    code, text = describe_end(outcome_file)
+    while not is_over.wait(1):
+        try:
+            text, written_s = outcome_file.read_text(encoding="utf-8"), outcome_file.stat().st_mtime
+            if not json.loads(text)["preempted"]:
+                continue
+        except (FileNotFoundError, ValueError):  # not there, or not written to its end
+            continue
+        # In this time the last ranks of the other machines end, and usually this process, too.
+        if watch.succeeded.is_set() and not is_over.wait(GRACE_S):
+            end_now(folder, [])
+        ranks = living_ranks()
+        if any(start_s > written_s for start_s in ranks.values()):
+            outcome_file.unlink()  # of an attempt that failed: torchrun has started the ranks again
+        elif ranks and time.time() - written_s > shutdown_timeout_s():
+            end_now(folder, [*ranks])
+
+
+def living_ranks() -> dict[int, float]:
+    """Return the ranks of this machine: process ID -> start in seconds since 1970."""
+    found = {}
+    for child in psutil.Process().children():
+        try:
+            # torchrun starts each rank in a session, and so a process group, of its own.
+            if os.getpgid(child.pid) == child.pid and child.status() != psutil.STATUS_ZOMBIE:
+                found[child.pid] = child.create_time()
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+def shutdown_timeout_s() -> float:
+    """Return how long torchrun waits for its ranks after a signal."""
+    return int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
+
+
+def end_now(folder: Path, ranks: list[int]) -> None:
+    """Kill the process groups of these ranks, and end this process as after a preempted run."""
+    code, text = describe_end(folder / "outcome.json")
     shutil.rmtree(folder, ignore_errors=True)
+    if ranks:
+        text = f"ranks with process IDs {ranks} did not end and were killed; {text}"
     report(code, text)
+    # Last: torchrun restarts killed ranks, if it may.
+    for pid in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
     os._exit(code)
 
 
@@ -117,7 +181,10 @@ def main() -> None:
     """Run torchrun with the arguments of this process."""
     is_over = threading.Event()
     with tempfile.TemporaryDirectory(prefix="offload-adam-") as folder:
-        threading.Thread(target=end_preempted, args=(Path(folder), is_over), daemon=True).start()
+        watch = GroupWatch()
+        metrics.configure(watch, "torchelastic")  # the group of torchrun's own metrics
+        arguments = (Path(folder), watch, is_over)
+        threading.Thread(target=end_preempted, args=arguments, daemon=True).start()
         code, text = run(sys.argv[1:], Path(folder))
         is_over.set()
     report(code, text)

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from types import ModuleType
 
+import psutil
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -123,6 +124,103 @@ def test_a_scheduler_can_tell_a_preempted_run_from_a_finished_one(
     monkeypatch.delenv("PREEMPTED_FILE")
     assert launched.run([], tmp_path)[0] == 0
     assert not marker.exists()
+
+
+def run_ranks(folder: Path, script: str, *options: str) -> tuple[int, str, list[str]]:
+    """Run a script on two ranks through torchrun.py, as a preempted run with exit code 75.
+
+    Returns:
+        The exit code, the last line, and all lines that the ranks appended to `folder`/ended.
+    """
+    (folder / "rank.py").write_text(
+        "import json, os, subprocess, sys, time\n"
+        "from pathlib import Path\n"
+        "rank, attempt = os.environ['RANK'], os.environ['TORCHELASTIC_RESTART_COUNT']\n"
+        "def write(outcome):\n"
+        "    Path(os.environ['OFFLOAD_ADAM_OUTCOME_FILE']).write_text(json.dumps(outcome))\n"
+        "def end(text):\n"
+        "    with open(Path(__file__).with_name('ended'), 'a') as file:\n"
+        "        print(text, file=file)\n"
+        "preempted = {'step': 5, 'preempted': True, 'saved': True}\n" + script
+    )
+    done = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "launch" / "torchrun.py"), "--standalone"),
+            *("--nproc-per-node=2", *options, str(folder / "rank.py")),
+        ],
+        env=os.environ | {"PREEMPTED_EXIT_CODE": "75", "LAUNCHED_AS": "run.sh"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    ended = folder / "ended"
+    lines = ended.read_text().splitlines() if ended.exists() else []
+    return done.returncode, done.stdout.splitlines()[-1], lines
+
+
+def _runs(pid: int) -> bool:
+    """Return whether this process exists and is no zombie, which its new parent has yet to reap."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.fault
+def test_a_preempted_run_waits_for_all_ranks_of_its_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "60")
+    script = (
+        "parent = os.getppid()\n"
+        "if rank == '0':\n    write(preempted)\nelse:\n    time.sleep(20)\n"
+        "end(f'{rank} {os.getppid() == parent}')\n"
+    )
+    code, last, ended = run_ranks(tmp_path, script)
+    assert ended == ["0 True", "1 True"]
+    assert (code, last) == (
+        75,
+        "run.sh: the run was preempted after step 5 and can be resumed: run the same command again "
+        "(exit code 75)",
+    )
+
+
+def test_a_rank_that_does_not_end_is_killed_with_its_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "2")
+    script = (
+        "if rank == '0':\n    write(preempted)\n    sys.exit()\n"
+        "child = subprocess.Popen(['sleep', '80'])\nend(os.getpid())\nend(child.pid)\n"
+        "time.sleep(80)\n"
+    )
+    start_s = time.monotonic()
+    code, last, pids = run_ranks(tmp_path, script)
+    rank, child = map(int, pids)
+    assert code == 75
+    assert f"ranks with process IDs [{rank}] did not end and were killed; the run was" in last
+    assert time.monotonic() - start_s < 60
+    deadline_s = time.monotonic() + 5
+    while any(_runs(pid) for pid in (rank, child)):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
+def test_the_outcome_of_a_failed_attempt_does_not_end_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "2")
+    script = (
+        "if attempt == '0':\n"
+        "    if rank == '0':\n        write(preempted)\n        sys.exit()\n"
+        "    time.sleep(2)\n    sys.exit(1)\n"
+        "time.sleep(5)\nend(rank)\n"
+    )
+    code, last, ended = run_ranks(tmp_path, script, "--max-restarts=1")
+    assert sorted(ended) == ["0", "1"]
+    assert (code, last) == (0, "run.sh: the run is done (exit code 0)")
 
 
 @pytest.mark.fault
