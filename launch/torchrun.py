@@ -5,9 +5,9 @@ this folder run this file in place of torchrun. LAUNCHED_AS is the name of the s
 
 A preempted run exits with 0, as a finished one does. Two variables tell a scheduler that it is to
 start the run again:
-    PREEMPTED_EXIT_CODE  the exit code of a run that was preempted and can be resumed. With this
-                         variable, a preempted run that could not save a checkpoint exits with 1.
+    PREEMPTED_EXIT_CODE  the exit code of a run that was preempted and can be resumed.
     PREEMPTED_FILE       an empty file to create if the run was preempted and can be resumed.
+With either, a preempted run that could not save a checkpoint exits with 1.
 """
 
 from __future__ import annotations
@@ -85,12 +85,14 @@ def describe_end(outcome_file: Path) -> tuple[int, str]:
     outcome = json.loads(outcome_file.read_text(encoding="utf-8"))
     if not outcome["preempted"]:
         return 0, f"the run is done after step {outcome['step']}"
-    preempted_code = int(os.environ.get("PREEMPTED_EXIT_CODE", "0"))
+    preempted_code = int(os.environ.get("PREEMPTED_EXIT_CODE") or 0)
+    marker = os.environ.get("PREEMPTED_FILE")
     ended = f"the run was preempted after step {outcome['step']}"
     if not outcome["saved"]:
-        code = 1 if preempted_code else 0
+        # A scheduler that started it again might repeat the same steps for ever.
+        code = 1 if preempted_code or marker else 0
         return code, f"{ended} without a checkpoint of this step: {AGAIN}"
-    if marker := os.environ.get("PREEMPTED_FILE"):
+    if marker:
         Path(marker).touch()
     return preempted_code, f"{ended} and can be resumed: {AGAIN}"
 

@@ -94,36 +94,48 @@ def test_the_exit_code_is_that_of_the_rank_that_failed_first(
     assert sentence in found[1]
 
 
+def outcome_of(
+    launched: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, **outcome: bool
+) -> tuple[int, str]:
+    """Return what launch/torchrun.py makes of a run with this outcome."""
+
+    def end(arguments: list[str]) -> None:
+        text = json.dumps({"step": 5} | outcome)
+        Path(os.environ["OFFLOAD_ADAM_OUTCOME_FILE"]).write_text(text)
+
+    monkeypatch.setattr(launched, "torchrun", end)
+    monkeypatch.setenv("OFFLOAD_ADAM_OUTCOME_FILE", "")  # restored after the test
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "")
+    code, text = launched.run([], folder)
+    return code, text
+
+
 @pytest.mark.parametrize(
-    ("preempted", "saved", "code", "is_marked"),
-    [(True, True, 75, True), (True, False, 1, False), (False, True, 0, False)],
+    ("preempted", "saved", "codes", "is_marked"),
+    [
+        # Codes with both variables, only the code's, only the file's, and none.
+        (True, True, (75, 75, 0, 0), True),
+        (True, False, (1, 1, 1, 0), False),
+        (False, True, (0, 0, 0, 0), False),
+    ],
 )
 def test_a_scheduler_can_tell_a_preempted_run_from_a_finished_one(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     preempted: bool,
     saved: bool,
-    code: int,
+    codes: tuple[int, int, int, int],
     is_marked: bool,
 ) -> None:
     launched, marker = _torchrun(), tmp_path / "preempted"
-    outcome = {"step": 5, "preempted": preempted, "saved": saved}
-
-    def end(arguments: list[str]) -> None:
-        Path(os.environ["OFFLOAD_ADAM_OUTCOME_FILE"]).write_text(json.dumps(outcome))
-
-    monkeypatch.setattr(launched, "torchrun", end)
-    monkeypatch.setenv("OFFLOAD_ADAM_OUTCOME_FILE", "")  # restored after the test
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "")
-    monkeypatch.setenv("PREEMPTED_EXIT_CODE", "75")
-    monkeypatch.setenv("PREEMPTED_FILE", str(marker))
-    assert launched.run([], tmp_path)[0] == code
-    assert marker.exists() == is_marked
-    marker.unlink(missing_ok=True)
-    monkeypatch.delenv("PREEMPTED_EXIT_CODE")
-    monkeypatch.delenv("PREEMPTED_FILE")
-    assert launched.run([], tmp_path)[0] == 0
-    assert not marker.exists()
+    for number, code in enumerate(codes):
+        # An empty value is as good as none.
+        monkeypatch.setenv("PREEMPTED_EXIT_CODE", "75" if number in (0, 1) else "")
+        monkeypatch.setenv("PREEMPTED_FILE", str(marker) if number in (0, 2) else "")
+        found = outcome_of(launched, tmp_path, monkeypatch, preempted=preempted, saved=saved)
+        assert found[0] == code
+        assert marker.exists() == (is_marked and number in (0, 2))
+        marker.unlink(missing_ok=True)
 
 
 def run_ranks(folder: Path, script: str, *options: str) -> tuple[int, str, list[str]]:
