@@ -41,6 +41,26 @@ GRACE_S = 15.0
 """Seconds for the ranks of other machines to end after those of this machine."""
 
 
+def mistake_in_variables() -> str:
+    """Remove the file that PREEMPTED_FILE names, and return what is wrong with the variables.
+
+    Empty variables count as not set.
+    """
+    code = os.environ.get("PREEMPTED_EXIT_CODE")
+    if code and not (code.isascii() and code.isdecimal() and 1 <= int(code[:4]) <= 255):
+        return f"PREEMPTED_EXIT_CODE is {code!r}: set it to a whole number from 1 to 255"
+    if code and int(code) in SENTENCES:
+        return f"PREEMPTED_EXIT_CODE is {code!r}, which is the exit code of an error: set another"
+    if marker := os.environ.get("PREEMPTED_FILE"):
+        try:
+            Path(marker).touch()  # the only sure way to learn whether it can be created
+            Path(marker).unlink(missing_ok=True)  # other machines may share it
+        except OSError as error:
+            name = f"PREEMPTED_FILE ({marker})"
+            return f"{name} cannot be created: {error.strerror}. Name one in a writable folder"
+    return ""
+
+
 def run(arguments: list[str], folder: Path) -> tuple[int, str]:
     """Run torchrun and return the job's exit code, and what happened and what to do."""
     # Inherited by the ranks. Local rank 0 writes the file if the job ends without an error.
@@ -93,7 +113,10 @@ def describe_end(outcome_file: Path) -> tuple[int, str]:
         code = 1 if preempted_code or marker else 0
         return code, f"{ended} without a checkpoint of this step: {AGAIN}"
     if marker:
-        Path(marker).touch()
+        try:
+            Path(marker).touch()
+        except OSError as error:  # the exit code is still that of the run
+            print(f"Cannot create PREEMPTED_FILE: {error}", file=sys.stderr)
     return preempted_code, f"{ended} and can be resumed: {AGAIN}"
 
 
@@ -181,6 +204,9 @@ def report(code: int, text: str) -> None:
 
 def main() -> None:
     """Run torchrun with the arguments of this process."""
+    if mistake := mistake_in_variables():
+        report(2, mistake)
+        sys.exit(2)
     is_over = threading.Event()
     with tempfile.TemporaryDirectory(prefix="offload-adam-") as folder:
         watch = GroupWatch()

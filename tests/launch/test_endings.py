@@ -138,6 +138,50 @@ def test_a_scheduler_can_tell_a_preempted_run_from_a_finished_one(
         marker.unlink(missing_ok=True)
 
 
+@pytest.mark.parametrize("value", ["0", "2", "3", "256", "-1", "7.5", "soon", "²", "9" * 5000])
+def test_an_exit_code_that_a_scheduler_cannot_use_is_rejected_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    launched = _torchrun()
+    monkeypatch.setattr(launched, "torchrun", lambda _: pytest.fail("torchrun was started"))
+    monkeypatch.setenv("LAUNCHED_AS", "run.sh")
+    monkeypatch.setenv("PREEMPTED_EXIT_CODE", value)
+    with pytest.raises(SystemExit) as ended:
+        launched.main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"run.sh: PREEMPTED_EXIT_CODE is {value!r}")
+
+
+def test_the_file_of_a_preempted_run_is_tried_and_removed_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched, marker = _torchrun(), tmp_path / "preempted"
+    marker.touch()  # of an earlier start
+    monkeypatch.setenv("PREEMPTED_EXIT_CODE", "")
+    monkeypatch.setenv("PREEMPTED_FILE", str(marker))
+    assert launched.mistake_in_variables() == ""
+    assert not marker.exists()
+    monkeypatch.setenv("PREEMPTED_FILE", str(tmp_path / "none" / "preempted"))
+    assert launched.mistake_in_variables() == (
+        f"PREEMPTED_FILE ({tmp_path}/none/preempted) cannot be created: No such file or directory. "
+        "Name one in a writable folder"
+    )
+
+
+def test_a_file_that_cannot_be_created_at_the_end_keeps_the_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PREEMPTED_EXIT_CODE", "75")
+    monkeypatch.setenv("PREEMPTED_FILE", str(tmp_path / "none" / "preempted"))
+    found = outcome_of(_torchrun(), tmp_path, monkeypatch, preempted=True, saved=True)
+    assert found == (
+        75,
+        "the run was preempted after step 5 and can be resumed: run the same command again",
+    )
+    assert "Cannot create PREEMPTED_FILE: [Errno 2]" in capsys.readouterr().err
+
+
 def run_ranks(folder: Path, script: str, *options: str) -> tuple[int, str, list[str]]:
     """Run a script on two ranks through torchrun.py, as a preempted run with exit code 75.
 
@@ -266,7 +310,7 @@ def test_two_jobs_at_once_do_not_disturb_each_other(
 def test_a_preempted_run_ends_with_0_and_is_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, ends_with: int
 ) -> None:
-    monkeypatch.setenv("PREEMPTED_EXIT_CODE", str(ends_with))
+    monkeypatch.setenv("PREEMPTED_EXIT_CODE", str(ends_with or ""))
     process = start(tmp_path, "--train.num_steps=100000")
     metrics = tmp_path / "tiny" / "metrics.jsonl"
     deadline_s = time.monotonic() + 60
