@@ -102,7 +102,7 @@ def examine(
         "CUDA": lambda: devices.device_findings(local_world_size, measured if measure else None),
         # After the last check that measures a bandwidth. The disk's speed is not saved.
         "saved bandwidths": save,
-        "disk": lambda: [storage.free_disk(folder)],
+        "disk": lambda: [storage.free_disk(folder, num_parameters)],
         "last save": lambda: [storage.last_save(folder, num_parameters)] if measure else [],
     }
     findings = [one for topic, check in checks.items() for one in run_check(topic, check)]

@@ -188,13 +188,33 @@ def test_a_folder_that_cannot_be_written_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    assert storage.free_disk(tmp_path / "file" / "runs").status == "failed"
+    assert storage.free_disk(tmp_path / "file" / "runs", None).status == "failed"
     usage = shutil.disk_usage(tmp_path)
     for free, status in ((2**30, "warning"), (32 * 2**30, "ok")):
         found_usage = usage._replace(free=free)
         monkeypatch.setattr(shutil, "disk_usage", lambda _, u=found_usage: u)
-        assert storage.free_disk(tmp_path / "still" / "to be made").status is status
-    assert f"{32 * 2**30 / 16:.2g} parameters" in storage.free_disk(tmp_path).found
+        assert storage.free_disk(tmp_path / "still" / "to be made", None).status is status
+    assert "checkpoint of 2.15 B parameters" in storage.free_disk(tmp_path, None).found
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "status", "found"),
+    [
+        (112 * 3 + 1, "ok", "3 are on the disk at once (checkpoint.keep_last is 2)"),
+        (112 * 3 - 1, "warning", "3 are on the disk at once (checkpoint.keep_last is 2)"),
+        (112 + 1, "warning", "3 are on the disk at once (checkpoint.keep_last is 2)"),
+        (112 - 1, "failed", "a checkpoint of 7 B parameters has up to 104.31 GiB, which does not"),
+    ],
+)
+def test_a_disk_without_space_for_the_checkpoints_of_a_run_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_gb: int, status: str, found: str
+) -> None:
+    """16 bytes a parameter: 112e9 bytes for 7e9 of them."""
+    usage = shutil.disk_usage(tmp_path)._replace(free=free_gb * 10**9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    finding = storage.free_disk(tmp_path, 7e9)
+    assert finding.status == status
+    assert found in finding.found
 
 
 def test_a_driver_without_a_usable_torch_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,11 +391,11 @@ def test_a_save_that_torchrun_would_kill_is_a_warning(
     monkeypatch.setattr(storage, "write_gb_per_s", lambda folder: 2.0)
     finding = storage.last_save(tmp_path, None)
     assert finding.status == "ok"
-    assert "3.8e+09 parameters in the 30 s" in finding.found
+    assert "3.75 B parameters in the 30 s" in finding.found
     assert storage.last_save(tmp_path, 3.74e9).status == "ok"
     finding = storage.last_save(tmp_path, 7.5e9)
     assert finding.status == "warning"
-    assert "saving 7.5e+09 takes 60 s, so the run would be killed" in finding.found
+    assert "saving 7.5 B takes 60 s, so the run would be killed" in finding.found
     assert "--shutdown-timeout=120" in finding.advice
 
 
