@@ -150,13 +150,12 @@ def network_finding(network: Network | None, known: Bandwidth, num_ranks: int) -
     """
     if network is None:
         earlier = [f"{ranks}: {_speeds(speed)}" for ranks, speed in known.network.items()]
+        what = f"measured earlier: {'; '.join(earlier)}" if earlier else "not measured"
         command = f"torchrun --nproc-per-node={max(2, num_ranks)} -m offload_adam doctor"
         found = (
-            "not measured. To measure it, start doctor as you start the run; on one node: "
-            f"{command}"
+            f"{what}. To measure it{' again' if earlier else ''}, start doctor as you start the "
+            f"run; on one node: {command}"
         )
-        if earlier:
-            found += f". Measured earlier: {'; '.join(earlier)}"
         return Finding("network", found)
     if network.speed is None:
         advice = (

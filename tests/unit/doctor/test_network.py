@@ -118,10 +118,14 @@ def test_an_error_is_a_failure_and_without_peers_the_finding_says_how_to_measure
     assert "connection refused" in found.found
     found = network_finding(None, Bandwidth(network={TWO: SPEED}), 1)
     assert found.status == "ok"
-    assert (
-        "2 ranks on 1 node(s), gloo on cpu: each rank sends 0.50 GB/s averaging bf16" in found.found
+    assert found.found.startswith(
+        "measured earlier: 2 ranks on 1 node(s), gloo on cpu: each rank sends 0.50 GB/s averaging "
     )
+    assert "not measured" not in found.found
     assert "torchrun --nproc-per-node=2 -m offload_adam doctor" in found.found
+    found = network_finding(None, Bandwidth(), 4)
+    assert found.found.startswith("not measured. To measure it, start doctor")
+    assert "torchrun --nproc-per-node=4 -m offload_adam doctor" in found.found
 
 
 def planned(folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
