@@ -1,15 +1,22 @@
-"""The measured bandwidths of this machine, in a JSON file in the user's cache folder."""
+"""The measured bandwidths of this machine, in a JSON file in the user's cache folder.
+
+Machines may share the folder: each has a file of its own.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from offload_adam.files import read_regular_file
 from offload_adam.kernels.threads import allowed_cores
@@ -20,6 +27,9 @@ from offload_adam.printable import show
 logger = logging.getLogger(__name__)
 
 _MAX_NBYTES = 1024 * 1024
+_MAX_FILES = 256
+_MUCH_LOWER = 0.5
+"""Share of a saved value below which even a busy machine makes the saved value doubtful."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +70,8 @@ class Bandwidth:
     network: speeds of the collectives, by the ranks that they were measured with.
     bus: bandwidth of the slowest GPU's copies, in their slower direction.
     low_precision_steps: bandwidth of the same step in other formats of the state.
-    busy: other processes used the cores during the measurement of memory and steps, so that these
-        may be too low.
+    busy: the values of memory and steps are in doubt. They may be too low, because other processes
+        used the cores meanwhile, or too high, because a later measurement was much lower.
     """
 
     memory: Mapping[int, float] = field(default_factory=dict)
@@ -77,21 +87,24 @@ class Bandwidth:
 
 
 def _path() -> Path:
-    """Return the file's path, below XDG_CACHE_HOME or else below ~/.cache.
+    """Return the path of this machine's file, below XDG_CACHE_HOME or else below ~/.cache.
 
     Raises:
         RuntimeError: the user has neither a home folder nor HOME.
     """
     cache = os.environ.get("XDG_CACHE_HOME", "")
     base = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
-    return base / "offload_adam" / "bandwidth.json"
+    identity = json.dumps(_machine(), sort_keys=True).encode()
+    name = f"bandwidth-{hashlib.sha256(identity).hexdigest()[:12]}.json"
+    return base / "offload_adam" / name
 
 
 def keep(measured: Bandwidth) -> Path | None:
     """Write the measured values into the file, whose other values stay as they are.
 
     Of a busy machine, the greater of the measured and the saved values stay: other processes only
-    ever make a bandwidth lower. Values that are known from a busy machine alone are marked.
+    ever make a bandwidth lower. Values that are known from a busy machine alone are marked, and so
+    are saved values of which it measured less than half.
 
     Returns:
         The file, or None, with a warning in the log, if it cannot be written.
@@ -99,7 +112,8 @@ def keep(measured: Bandwidth) -> Path | None:
     known = recall()
     busy = known.busy
     if measured.memory:
-        busy = measured.busy and (known.busy or not known.memory)
+        is_doubtful = known.busy or not known.memory or _is_much_lower(measured, known)
+        busy = measured.busy and is_doubtful
     if measured.busy:
         measured = _greater_of(measured, known)
     networks = {**known.network, **measured.network}
@@ -120,10 +134,28 @@ def keep(measured: Bandwidth) -> Path | None:
         partial = path.with_name(f"{path.name}.{os.getpid()}")
         partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
+        _delete_oldest(path.parent)
     except (OSError, RuntimeError) as error:
         logger.warning("Cannot save the measured bandwidth: %s", error)
         return None
     return path
+
+
+def _delete_oldest(folder: Path) -> None:
+    """Delete the oldest files if there are too many, as of machines that no longer exist."""
+    with suppress(OSError):  # another process deletes them, too
+        paths = sorted(folder.glob("bandwidth-*.json"), key=lambda path: path.stat().st_mtime)
+        for path in paths[:-_MAX_FILES]:
+            path.unlink()
+
+
+def _is_much_lower(measured: Bandwidth, known: Bandwidth) -> bool:
+    """Return whether a bandwidth of memory or steps is much lower than the known one."""
+    pairs: list[tuple[float | None, float | None]] = [(measured.step, known.step)]
+    pairs += [(value, known.memory.get(count)) for count, value in measured.memory.items()]
+    for state_format, step in measured.low_precision_steps.items():
+        pairs.append((step, known.low_precision_steps.get(state_format)))
+    return any(new is not None and old and new < _MUCH_LOWER * old for new, old in pairs)
 
 
 def _greater_of(measured: Bandwidth, known: Bandwidth) -> Bandwidth:
@@ -142,8 +174,16 @@ def _greater_of(measured: Bandwidth, known: Bandwidth) -> Bandwidth:
 def recall() -> Bandwidth:
     """Return the bandwidths in the file, empty if it is missing, damaged or of another machine."""
     try:
-        values: Any = json.loads(read_regular_file(_path(), _MAX_NBYTES))
-        if values["machine"] != _machine():
+        path = _path()
+        if not path.exists():
+            path = path.with_name("bandwidth.json")  # as earlier versions called it
+        values: Any = json.loads(read_regular_file(path, _MAX_NBYTES))
+        # Earlier versions wrote the first three keys of `_machine()` only.
+        machine = _machine()
+        found = values["machine"]
+        if not {"host", "architecture", "allowed_cores"} <= found.keys() <= machine.keys():
+            return Bandwidth()
+        if any(found[key] != machine[key] for key in found):
             return Bandwidth()
         memory, step = values["memory_gb_per_s"], values["step_gb_per_s"]
         # Files of earlier versions lack some values. Some have only the step with bf16 state, under
@@ -215,4 +255,15 @@ def _machine() -> dict[str, Any]:
         "host": platform.node(),
         "architecture": platform.machine(),
         "allowed_cores": allowed_cores(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "cpu": _cpu_model(),
     }
+
+
+def _cpu_model() -> str:
+    """Return the processor's name, as far as the kernel tells it."""
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -51,9 +53,10 @@ def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_saved_bandwidths_read_back(cache_home: Path) -> None:
     assert bandwidth_cache.recall() == Bandwidth()
     path = bandwidth_cache.keep(Bandwidth({1: 0.1 + 0.2, 2: 40.0}, 1 / 3))
-    assert path == cache_home / "offload_adam" / "bandwidth.json"
+    assert path is not None
+    assert path.parent == cache_home / "offload_adam"
     assert bandwidth_cache.recall() == Bandwidth({1: 0.1 + 0.2, 2: 40.0}, 1 / 3)
-    assert [one.name for one in path.parent.iterdir()] == ["bandwidth.json"]
+    assert [*path.parent.iterdir()] == [path]
 
 
 def test_speeds_of_steps_are_kept_by_format(cache_home: Path) -> None:
@@ -79,7 +82,7 @@ def test_a_busy_machine_does_not_replace_greater_bandwidths(cache_home: Path) ->
     bandwidth_cache.keep(quiet)
     bandwidth_cache.keep(
         Bandwidth(
-            {1: 21.0, 2: 5.0}, 4.0, low_precision_steps={"bf16": 3.0, "int8": 10.0}, busy=True
+            {1: 21.0, 2: 20.0}, 16.0, low_precision_steps={"bf16": 14.0, "int8": 10.0}, busy=True
         )
     )
     greater = {1: 21.0, 2: 40.0}
@@ -89,6 +92,78 @@ def test_a_busy_machine_does_not_replace_greater_bandwidths(cache_home: Path) ->
     bandwidth_cache.keep(Bandwidth({1: 10.0, 2: 20.0}, 15.0))
     known = bandwidth_cache.recall()
     assert (known.memory, known.step, known.busy) == ({1: 10.0, 2: 20.0}, 15.0, False)
+
+
+@pytest.mark.parametrize(
+    "lower",
+    [
+        Bandwidth({1: 20.0, 2: 19.0}, 30.0, low_precision_steps={"bf16": 28.0}, busy=True),
+        Bandwidth({1: 20.0, 2: 40.0}, 14.0, low_precision_steps={"bf16": 28.0}, busy=True),
+        Bandwidth({1: 20.0, 2: 40.0}, 30.0, low_precision_steps={"bf16": 13.0}, busy=True),
+    ],
+)
+def test_a_value_is_in_doubt_once_a_busy_machine_has_measured_less_than_half(
+    cache_home: Path, lower: Bandwidth
+) -> None:
+    saved = Bandwidth({1: 20.0, 2: 40.0}, 30.0, low_precision_steps={"bf16": 28.0})
+    bandwidth_cache.keep(saved)
+    bandwidth_cache.keep(lower)
+    assert bandwidth_cache.recall() == replace(saved, busy=True)
+    quiet = replace(lower, busy=False)
+    bandwidth_cache.keep(quiet)
+    assert bandwidth_cache.recall() == quiet
+
+
+def test_machines_with_one_home_keep_their_own_bandwidths(
+    cache_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def become(**changes: Any) -> None:
+        machine = {"host": "a", "architecture": "x86_64", "allowed_cores": 8}
+        machine |= {"memory_gib": 64, "cpu": "Fast 1"}
+        monkeypatch.setattr(bandwidth_cache, "_machine", lambda: machine | changes)
+
+    changes: list[dict[str, Any]] = [{}, {"host": "b"}, {"memory_gib": 128}, {"cpu": "Slow 2"}]
+    for number, one in enumerate(changes):
+        become(**one)
+        assert bandwidth_cache.recall() == Bandwidth()
+        bandwidth_cache.keep(Bandwidth({1: 20.0 + number}))
+    for number, one in enumerate(changes):
+        become(**one)
+        assert bandwidth_cache.recall() == Bandwidth({1: 20.0 + number})
+    # The oldest files are deleted.
+    for age_s, path in enumerate((cache_home / "offload_adam").iterdir()):
+        os.utime(path, (1000 - age_s, 1000 - age_s))
+    monkeypatch.setattr(bandwidth_cache, "_MAX_FILES", 2)
+    become(host="c")
+    written = bandwidth_cache.keep(Bandwidth({1: 50.0}))
+    assert len([*(cache_home / "offload_adam").iterdir()]) == 2
+    assert written is not None
+    assert written.exists()
+
+
+def test_the_machine_is_described_by_its_memory_and_processor() -> None:
+    machine = bandwidth_cache._machine()
+    memory_kib = int(re.findall(r"MemTotal: +(\d+) kB", Path("/proc/meminfo").read_text())[0])
+    assert machine["memory_gib"] == round(memory_kib / 2**20)
+    assert machine["cpu"] in Path("/proc/cpuinfo").read_text()
+
+
+def test_the_file_of_an_earlier_version_is_read(cache_home: Path) -> None:
+    path = bandwidth_cache.keep(Bandwidth({1: 20.0}))
+    assert path is not None
+    values = json.loads(path.read_text())
+    path.unlink()
+    for key in ("memory_gib", "cpu"):
+        del values["machine"][key]
+    earlier = path.with_name("bandwidth.json")
+    earlier.write_text(json.dumps(values))
+    assert bandwidth_cache.recall() == Bandwidth({1: 20.0})
+    assert bandwidth_cache.keep(Bandwidth(step=10.0)) == path
+    assert bandwidth_cache.recall() == Bandwidth({1: 20.0}, 10.0)
+    path.unlink()
+    values["machine"]["host"] = "another"
+    earlier.write_text(json.dumps(values))
+    assert bandwidth_cache.recall() == Bandwidth()
 
 
 def test_bandwidths_of_a_busy_machine_are_marked_until_a_quiet_one_is_measured(
