@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -11,8 +12,10 @@ from typing import NamedTuple
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from offload_adam.checkpoint.format import FORMAT_VERSION, READABLE_VERSIONS
+from offload_adam.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "operate"
@@ -62,6 +65,45 @@ def test_the_versions_of_the_format_are_those_of_the_code() -> None:
     text = (FOLDER / "upgrades.md").read_text(encoding="utf-8")
     readable = " and ".join(map(str, READABLE_VERSIONS))
     assert f"This version writes {FORMAT_VERSION} and reads {readable}." in text
+
+
+def test_commands_use_no_undefined_variable() -> None:
+    for page in PAGES:
+        text = "".join(b.text for b in blocks_of(page) if b.language == "bash")
+        used = {*re.findall(r"\$\{?([A-Za-z_]\w*)", text)}
+        assert used <= {*re.findall(r"(?:^|\s)(\w+)=", text)}, page
+
+
+def test_the_memory_of_a_pod_is_that_of_the_plan() -> None:
+    page = FOLDER / "kubernetes.md"
+    (command,) = re.findall("^offload-adam (plan .*?) *#", page.read_text("utf-8"), flags=re.M)
+    done = CliRunner().invoke(app, command.split())
+    assert done.exit_code == 0, done.output
+    # The last number of a row is that of the node.
+    node = {
+        name: float(gib)
+        for name, gib in re.findall(
+            r"^ (\w[\w ]*?)(?: \(.*\))?  .* ([\d.]+) GiB *$", done.output, re.M
+        )
+    }
+    planes = [node[name] for name in ("master_weight", "exp_avg", "exp_avg_sq")]
+    assert planes == [planes[0]] * 3
+    text = " ".join(page.read_text("utf-8").split())
+    assert (
+        f"the state has {sum(planes):.2f} GiB (three rows of {planes[0]:.2f} GiB), gradient shards "
+        f"have {node['gradient shards']:.2f} GiB, and the total is {node['total']:.2f} GiB" in text
+    )
+    in_volume, num_ranks = 1 + sum(planes) + node["gradient shards"] + 80 / 1024, 8
+    assert f"`sizeLimit` is at least {math.ceil(in_volume)}Gi" in text
+    memory = 1 + node["total"] + 80 / 1024
+    assert f"`memory` at least {math.ceil(memory)}Gi" in text
+    assert f"which makes {math.ceil(memory) + 3 * num_ranks}Gi" in text
+
+
+def test_examples_for_slurm_ask_for_gpus() -> None:
+    for page in (FOLDER / "slurm.md", ROOT / "launch" / "slurm.sbatch"):
+        for command in re.findall(r"sbatch --nodes.*", page.read_text("utf-8")):
+            assert "--gpus-per-node=" in command
 
 
 @pytest.mark.slow
