@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -358,3 +359,17 @@ def test_a_failed_slurm_job_is_not_requeued(checkout: Checkout) -> None:
     done, commands = submit(checkout, PREEMPTED="1", SRUN_STATUS="3")
     assert done.returncode == 3
     assert commands[-1] != "scontrol requeue 34567"
+
+
+def test_shellcheck_reads_every_shell_script() -> None:
+    text = (_ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    (patterns,) = re.findall(r'^phase "shellcheck" \S+ -x (.*)$', text, flags=re.M)
+    checked = {path for pattern in patterns.split() for path in _ROOT.glob(pattern)}
+    scripts = set()
+    for folder in (".ci", "launch", "tests", "offload_adam", "docs"):
+        for path in (_ROOT / folder).rglob("*"):
+            if path.is_file() and path.suffix in ("", ".sh", ".sbatch"):
+                first = path.read_bytes().partition(b"\n")[0]
+                if first.startswith((b"#!", b"# shellcheck")) and b"bash" in first:
+                    scripts.add(path)
+    assert checked == scripts
