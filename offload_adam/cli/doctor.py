@@ -41,7 +41,7 @@ def doctor(
         typer.Option(
             metavar="N",
             help="Parameters that the ranks of this node save, such as 7B. Doctor then checks "
-            "whether a preempted run has time to save them.",
+            "the free disk, and whether a preempted run has time to save them.",
         ),
     ] = None,
     json_file: Annotated[

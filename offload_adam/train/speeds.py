@@ -165,7 +165,9 @@ def _limit_gb_per_s(num_threads: int) -> float | None:
     if saved and not known.busy:
         return saved
     try:
-        return max(saved, measure_bandwidth([num_threads], numel=_SHORT_NUMEL)[num_threads])
+        measured = measure_bandwidth([num_threads], numel=_SHORT_NUMEL)[num_threads]
     except HostMemoryError as error:
         logger.debug("Skipping the measurement of the memory bandwidth: %s", error)
         return None
+    # A busy machine is slower than it could be, but hardly by half: then the machine has changed.
+    return measured if measured < LEAST_SHARE * saved else max(saved, measured)

@@ -194,7 +194,7 @@ def test_without_doctor_a_run_measures_for_itself(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("judged")
-@pytest.mark.parametrize(("saved", "limit"), [(20.0, 30.0), (40.0, 40.0)])
+@pytest.mark.parametrize(("saved", "limit"), [(20.0, 30.0), (40.0, 40.0), (900.0, 30.0)])
 def test_what_a_busy_machine_saved_is_measured_again(
     monkeypatch: pytest.MonkeyPatch, saved: float, limit: float
 ) -> None:

@@ -227,6 +227,16 @@ def test_the_plan_of_sharded_parameters_is_that_of_one_rank(tmp_path: Path) -> N
     assert plans["on the host"]["device"]["gathered by FSDP2"] > 0
 
 
+def test_activations_have_the_dtype_in_which_layers_compute(tmp_path: Path) -> None:
+    host = {}
+    for dtype in ("fp32", "bf16"):
+        given = ("--world-size=2", "--parallel={}", f"--parallel.param_dtype={dtype}")
+        host[dtype] = planned(tmp_path, CONFIG, *WIDE, *given)["bytes_per_rank"]["host"]
+    # 8 sequences of 32 tokens, 2 layers, 256 logits: half of everything but 8 bytes of each logit.
+    logits = 8 * 32 * 256 * 8
+    assert host["fp32"]["activations"] - logits == 2 * (host["bf16"]["activations"] - logits)
+
+
 def test_a_mesh_that_does_not_fit_the_ranks_is_not_planned() -> None:
     code, output = plan(CONFIG, "--world-size=3", "--parallel.replicate=2")
     assert code == 2
