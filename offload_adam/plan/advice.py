@@ -29,11 +29,8 @@ _LEAST_GAIN = 0.99  # share of the missing bytes that may be left for a change t
 _LEAST_BUCKET_NBYTES = 2**20
 _IN_BUCKETS = (Category.GRADIENTS, Category.SLOTS, Category.STAGING, Category.BLOCK_SUMS)
 
-
 DEVICE = "memory of a GPU"
 HOST = "host memory of a node"
-
-
 _ALL = Counter({DEVICE: 1, HOST: 1})
 """As missing bytes: for changes of any memory."""
 

@@ -65,7 +65,6 @@ def plan_run(
     timeline: Timeline | None,
     *,
     subject: str = "",
-    with_others: bool = True,
 ) -> tuple[dict[str, Any], list[Table | str]]:
     """Return the plan of a run as a JSON object, and as the tables and sentences to print.
 
@@ -73,7 +72,6 @@ def plan_run(
 
     Args:
         subject: the name of the model.
-        with_others: compare it with other optimizers.
     """
     specs, training = setup.resolve()
     plan = setup.predict()
@@ -81,7 +79,7 @@ def plan_run(
     memories = needs(plan, training, machine)
     fits = all(need.is_met for need in memories)
     advice = advise(setup, machine)
-    others = compare(setup, machine) if with_others else []
+    others = compare(setup, machine)
     # Of sharded parameters, only the parts of one rank are known here. A larger model would have
     # other layers and other frozen parameters than a model that is known.
     largest, shape = None, training.shape
@@ -112,8 +110,9 @@ def plan_run(
         "largest_model": largest,
     }
     parts: list[Table | str] = [_headline(setup, subject), *_verdict(memories, training)]
-    if with_others and fits:
-        parts += _faster(others)
+    if fits and others and others[0].fits:
+        name = "AdamW with FSDP2" if training.world_size > 1 else "AdamW"
+        parts.append(f"torch's own {name} fits on the GPU, too, where it is faster.")
     if advice:
         parts.append(_advice(advice, training))
     elif not fits:
@@ -307,15 +306,6 @@ def _activations(training: Training, shape: ModelShape) -> str:
         f"{training.sequence_length:,} tokens x ({shape.formula(checkpointing=checkpointing)})"
         f"{how}. --batch-size, --sequence-length and --checkpointing change it."
     )
-
-
-def _faster(others: Sequence[Alternative]) -> Iterator[str]:
-    """Yield that this package is not needed, if torch's own optimizer fits on the GPUs."""
-    if others and others[0].fits:
-        yield (
-            f"{others[0].name} of torch fits on the GPU, too, and is faster there: this package is "
-            "not needed for this model."
-        )
 
 
 def _others(others: Sequence[Alternative]) -> Table:

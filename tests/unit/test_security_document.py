@@ -23,6 +23,7 @@ from offload_adam.config.declared import MAX_NBYTES
 from offload_adam.config.load import _MAX_LEVELS
 from offload_adam.dtypes import MAX_DIMS
 from offload_adam.errors import CheckpointError
+from offload_adam.integrations import model_config
 from offload_adam.options import MAX_STEP_COUNT
 from offload_adam.printable import MAX_MESSAGE_LENGTH
 
@@ -39,6 +40,7 @@ MIB = 2**20
         f"bytes up to 2^{MAX_NBYTES.bit_length()}",
         f"| a manifest | {format.MAX_MANIFEST_NBYTES // MIB} MiB |",
         f"{MAX_DIMS} dimensions, 2^63 bytes",
+        f"| {model_config._MOST_NBYTES // MIB} MiB; {model_config._MOST_LAYERS:,} layers |",
         f"{encoding.MAX_TEXT_NBYTES // MIB} MiB as text, {encoding._MAX_DEPTH} levels; "
         f"{encoding.MAX_NBYTES // MIB} MiB for one tensor",
         f"{torch_import._MAX_GROWTH} times the file and "

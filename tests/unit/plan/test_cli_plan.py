@@ -545,6 +545,22 @@ def test_the_answer_comes_first() -> None:
         assert second.startswith(answer)
 
 
+@pytest.mark.parametrize(
+    ("params", "ranks", "sentence"),
+    [
+        ("1B", 1, "torch's own AdamW fits on the GPU, too, where it is faster."),
+        ("13B", 8, "torch's own AdamW with FSDP2 fits on the GPU, too, where it is faster."),
+        ("13B", 1, ""),
+    ],
+)
+def test_a_plan_says_if_torchs_own_optimizer_fits(params: str, ranks: int, sentence: str) -> None:
+    given = ("--gpu=H100", "--host-memory=1TB", "--checkpointing", f"--world-size={ranks}")
+    code, output = plan(f"--params={params}", *given)
+    assert code == 0
+    assert sentence in " ".join(output.split())
+    assert bool(sentence) == ("where it is faster" in " ".join(output.split()))
+
+
 def test_a_plan_for_a_cpu_does_not_mention_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for host in ("1TiB", "1MiB"):
