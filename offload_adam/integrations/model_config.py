@@ -100,8 +100,8 @@ def _build(config: Any, dtype: torch.dtype) -> nn.Module:
             architecture = mapping[type(config)]
     if architecture is None or not issubclass(architecture, transformers.PreTrainedModel):
         raise ValueError(f"there is no model of {type(config).__name__}")
-    model: nn.Module = architecture._from_config(config, dtype=dtype)  # type: ignore[attr-defined]
-    return model
+    model: nn.Module = architecture(config)
+    return model.to(dtype)
 
 
 def _without_code(values: Any) -> Any:
