@@ -16,7 +16,8 @@ import psutil
 import torch
 
 from offload_adam.kernels import threads
-from offload_adam.profiling.environment import commit_of, cpu_model
+from offload_adam.processor import cpu_model
+from offload_adam.profiling.environment import commit_of
 from offload_adam.units import format_nbytes
 from offload_adam.version import __version__
 

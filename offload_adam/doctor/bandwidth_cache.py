@@ -23,6 +23,7 @@ from offload_adam.kernels.threads import allowed_cores
 from offload_adam.layout.ring import RingSpeed
 from offload_adam.options import LOW_PRECISION, StateFormat
 from offload_adam.printable import show
+from offload_adam.processor import cpu_model
 
 logger = logging.getLogger(__name__)
 
@@ -256,14 +257,5 @@ def _machine() -> dict[str, Any]:
         "architecture": platform.machine(),
         "allowed_cores": allowed_cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
     }
-
-
-def _cpu_model() -> str:
-    """Return the processor's name, as far as the kernel tells it."""
-    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from offload_adam.processor import cpu_model
 from offload_adam.version import __version__
 
 _WITHOUT_HOOKS = ("-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null")
@@ -58,12 +59,3 @@ def commit_of(folder: Path) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip()
-
-
-def cpu_model() -> str:
-    """Return the name of the CPU as /proc/cpuinfo has it, else the kind of machine."""
-    lines: list[str] = []
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
