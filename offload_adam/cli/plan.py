@@ -320,20 +320,22 @@ def _setup_of_model(model: Path | None, params: str | None, param_dtype: str) ->
         is_bfloat16 = param_dtype == "bf16"
         specs = typical_specs(numel, _ITEMSIZES[param_dtype], is_bfloat16=is_bfloat16)
         shape = ModelShape.typical(numel, _ITEMSIZES[param_dtype])
-        name, rows = "", None
+        name, rows, frozen = "", None, 0
     else:
         import torch
 
         from offload_adam.integrations.model_config import build_on_meta, sizes_of
-        from offload_adam.train.plan import shape_of, specs_of
+        from offload_adam.train.plan import frozen_nbytes, rows_of, shape_of, specs_of
 
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         built = build_on_meta(model, dtypes[param_dtype])
         specs = specs_of(built)
-        rows = [parameter.shape[0] if parameter.ndim else 1 for parameter in built.parameters()]
-        shape = shape_of(built, sizes_of(built))
+        rows = rows_of(built)
+        shape, frozen = shape_of(built, sizes_of(built)), frozen_nbytes(built)
         name = type(built).__name__
-    training = Training(saves=True, shape=shape, sequence_length=_SEQUENCE_LENGTH)
+    training = Training(
+        saves=True, shape=shape, sequence_length=_SEQUENCE_LENGTH, frozen_nbytes=frozen
+    )
     return name, Setup(specs, training, rows=rows)
 
 
@@ -344,7 +346,9 @@ def _with_trainable(setup: Setup, trainable: str | None) -> Setup:
     share = parse_share("--trainable", trainable)
     specs = [replace(spec, numel=max(1, round(spec.numel * share))) for spec in setup.specs]
     nbytes = [sum(spec.numel * spec.itemsize for spec in some) for some in (setup.specs, specs)]
-    return replace(setup, specs=specs).with_training(frozen_nbytes=nbytes[0] - nbytes[1])
+    return replace(setup, specs=specs).with_training(
+        frozen_nbytes=setup.training.frozen_nbytes + nbytes[0] - nbytes[1]
+    )
 
 
 def _fsdp2(*, is_on: bool, replicate: int | None, on_host: bool) -> Any:

@@ -233,6 +233,12 @@ def specs_of(model: nn.Module) -> list[ParameterSpec]:
     ]
 
 
+def rows_of(model: nn.Module) -> list[int]:
+    """Return the size of the first dimension of each parameter in `specs_of`, at least 1."""
+    trainable = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return [max(1, *parameter.shape[:1]) if parameter.ndim else 1 for parameter in trainable]
+
+
 def training_of_job(job: Job) -> Training:
     """Return how a job trains, with its world size."""
     world, parallel = job.world, job.config.parallel

@@ -236,6 +236,21 @@ def test_fsdp2_divides_whole_rows(world_size: int, tmp_path: Path) -> None:
     assert nbytes == pytest.approx(2 * rank_0, abs=2 * 128 * len([*built.parameters()]))
 
 
+def test_parameters_that_the_model_itself_freezes_are_frozen(tmp_path: Path) -> None:
+    """Marian's positions are sines, in a parameter without a gradient."""
+    marian = {"model_type": "marian", "d_model": 256, "max_position_embeddings": 128}
+    on_meta = planned(tmp_path, marian)
+    built = build_on_meta(tmp_path, torch.bfloat16)
+    frozen = sum(p.numel() for p in built.parameters() if not p.requires_grad)
+    total = sum(p.numel() for p in built.parameters())
+    assert frozen >= 128 * 256
+    assert on_meta["num_parameters"] == total - frozen
+    assert on_meta["bytes_per_rank"]["device"]["frozen parameters"] == 2 * frozen
+    values = planned(tmp_path, marian, "--fsdp2", "--world-size=2", "--trainable=50%")
+    held = values["bytes_per_rank"]["device"]["frozen parameters"]
+    assert held == pytest.approx((frozen + (total - frozen) / 2), abs=1000)  # of two ranks, bf16
+
+
 @pytest.mark.parametrize(
     ("config", "num_layers", "width", "vocabulary"),
     [
