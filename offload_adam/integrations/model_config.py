@@ -94,12 +94,14 @@ def _build(config: Any, dtype: torch.dtype) -> nn.Module:
     import transformers
 
     named = (getattr(transformers, str(name), None) for name in config.architectures or ())
-    architecture = next((one for one in named if isinstance(one, type)), None)
+    architecture: Any = next((one for one in named if isinstance(one, type)), None)
     for mapping in (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_MAPPING):
         if architecture is None and type(config) in mapping:
             architecture = mapping[type(config)]
     if architecture is None or not issubclass(architecture, transformers.PreTrainedModel):
         raise ValueError(f"there is no model of {type(config).__name__}")
+    if not isinstance(config, architecture.config_class):  # the text model of one with images
+        config = config.get_text_config()
     model: nn.Module = architecture(config)
     return model.to(dtype)
 
@@ -148,11 +150,16 @@ def sizes_of(model: nn.Module) -> ModelSizes:
     own: Any = model
     config = own.config.get_text_config()
     outputs = own.get_output_embeddings()
-    active = getattr(config, "num_experts_per_tok", None)
-    total = next((getattr(config, name) for name in _NUM_EXPERTS if hasattr(config, name)), None)
+
+    def size(*names: str) -> int | None:
+        """Return the first of these keys that is a number: some models have several in one key."""
+        values = (getattr(config, name, None) for name in names)
+        return next((value for value in values if isinstance(value, int)), None)
+
+    active, total = size("num_experts_per_tok"), size(*_NUM_EXPERTS)
     return ModelSizes(
-        width=getattr(config, "hidden_size", None),
-        num_layers=getattr(config, "num_hidden_layers", None),
+        width=size("hidden_size"),
+        num_layers=size("num_hidden_layers"),
         num_logits=0 if outputs is None else int(outputs.weight.shape[0]),
         num_experts=(total, min(active, total)) if active and total else None,
         reads_tokens=own.main_input_name == "input_ids",

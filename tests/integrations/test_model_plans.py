@@ -276,6 +276,18 @@ def test_layers_are_counted_as_tokens_pass_them(
     assert shape["saved_numel"] > 0
 
 
+def test_without_an_architecture_the_text_model_is_planned(tmp_path: Path) -> None:
+    text = {"num_hidden_layers": 3, "hidden_size": 512, "vocab_size": 1024}
+    shape = planned(tmp_path, {"model_type": "qwen3_5", "text_config": text})["training"]["shape"]
+    assert (shape["num_layers"], shape["width"], shape["vocabulary"]) == (3, 512, 1024)
+
+
+def test_a_key_with_several_numbers_is_no_size(tmp_path: Path) -> None:
+    """LXMERT has a number of layers for each kind of input."""
+    values = planned(tmp_path, {"model_type": "lxmert"})
+    assert values["num_parameters"] > 10**8
+
+
 @pytest.mark.parametrize("model_type", ["resnet", "convnext", "xlnet"])
 def test_activations_of_other_models_are_not_guessed(model_type: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
